@@ -1,0 +1,7 @@
+"""K-FAC for PyTorch: the natural gradient of Martens & Grosse (2015) as an optimizer."""
+
+from kfac_triton.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from kfac_triton.optimizer import KFAC
+from kfac_triton.version import __version__
+
+__all__ = ["KFAC", "Bernoulli", "Categorical", "Gaussian", "Likelihood", "__version__"]

@@ -1,0 +1,1 @@
+"""Approximations of the Fisher matrix: one structure a file."""

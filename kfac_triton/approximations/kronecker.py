@@ -1,0 +1,111 @@
+"""Block-diagonal Fisher of Kronecker products: F_i = A_i (x) G_i for each weight (Martens & Grosse 2015, section 4).
+
+The functions here work on the state of one weight, a plain dictionary of tensors and numbers that a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_triton import factors
+from kfac_triton.blocks.layout import Layout
+
+
+@dataclass
+class Statistics:
+    """The rows of one weight in one Fisher pass.
+
+    `a`: matrices (n, d_in); with `ones` a homogeneous coordinate 1 is still to be added to every row.
+    `g`: matrices (n, d_out), gradients of the summed nll; in an exact pass one for each output direction.
+    `terms`: loss terms L in the pass. `rows`: uses of the weight. A = sum a a^T / terms, G = sum g g^T / rows.
+    `sums`: both sums, where they were taken already; then there are no rows.
+    """
+
+    layout: Layout
+    bias: nn.Parameter | None
+    a: list[Tensor]
+    g: list[Tensor]
+    terms: float | Tensor
+    rows: float | Tensor
+    ones: bool
+    sums: tuple[Tensor, Tensor] | None = None
+
+    def magnitudes(self) -> list[Tensor]:
+        """Norms, finite if and only if the factors from these statistics are."""
+        held = (*self.a, *self.g) if self.sums is None else self.sums
+        return [torch.linalg.vector_norm(t, dtype=_wide(t.dtype)) for t in held]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """float64 for a float64 weight, else float32."""
+    return _wide(weight.dtype)
+
+
+def initialise(state: dict[str, Any], weight: Tensor, layout: Layout, bias_index: int) -> None:
+    """Space for the factors, which hold nothing until the first data; `bias_index` counts the model's parameters."""
+    for name, shape in zip("AG", layout.factor_shapes(weight.shape), strict=True):
+        state[name] = torch.zeros(shape, dtype=factor_dtype(weight), device=weight.device)
+    state["factor_updates"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+    state["groups"] = layout.groups
+    state["transposed"] = int(layout.transposed)
+    state["bias"] = bias_index
+
+
+def restored_layout(state: dict[str, Any], weight: Tensor) -> Layout:
+    """The layout that `initialise` wrote into the state."""
+    dense = 3 if state["groups"] > 1 else 2
+    return Layout(
+        "linear" if weight.dim() == 2 else "conv",
+        transposed=bool(state["transposed"]),
+        groups=int(state["groups"]),
+        bias=state["bias"] >= 0,
+        diagonal_A=state["A"].dim() < dense,
+        diagonal_G=state["G"].dim() < dense,
+    )
+
+
+def update_factors(state: dict[str, Any], statistics: Statistics, decay: float, ok: Tensor) -> None:
+    """Moves A and G towards the statistics; where `ok` (0-d bool) is false nothing changes."""
+    k = state["factor_updates"]
+    k += ok
+    beta, weight = factors.average_weights(k.to(state["A"].dtype), decay, ok)
+    layout = statistics.layout
+    if statistics.sums is not None:
+        counts = (statistics.terms, statistics.rows)
+        for name, total, count in zip("AG", statistics.sums, counts, strict=True):
+            averaged = beta * state[name] + weight / count * total
+            state[name].copy_(torch.where(ok, averaged, state[name]))
+        return
+    factors.accumulate_(
+        state["A"], statistics.a, weight / statistics.terms, beta, bias=statistics.ones, diagonal=layout.diagonal_A
+    )
+    factors.accumulate_(
+        state["G"], statistics.g, weight / statistics.rows, beta, bias=False, diagonal=layout.diagonal_G
+    )
+
+
+def update_inverses(state: dict[str, Any], layout: Layout, damping: float | Tensor) -> bool:
+    """Refreshes A_inv and G_inv; false where no finite inverse was found and the last ones stay."""
+    if not state["factor_updates"] > 0:
+        return True
+    inverses = factors.damped_inverses(
+        state["A"], state["G"], damping, diagonal_A=layout.diagonal_A, diagonal_G=layout.diagonal_G
+    )
+    if inverses is None:
+        return False
+    state["A_inv"], state["G_inv"] = inverses
+    return True
+
+
+def memory(weight: Tensor, layout: Layout) -> int:
+    """Bytes of A and G; the inverses take as many again."""
+    size = 8 if factor_dtype(weight) == torch.float64 else 4
+    return size * sum(torch.Size(shape).numel() for shape in layout.factor_shapes(weight.shape))

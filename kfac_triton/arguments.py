@@ -1,0 +1,147 @@
+"""Checks of what users pass to KFAC: every error names the argument, the value that came and the values allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_triton.likelihoods import Likelihood, as_likelihood
+
+# What each argument takes today; the refused values belong to later issues of the public contract.
+FISHERS = ("mc", "exact", "empirical")
+APPROXIMATIONS = ("kronecker",)
+WEIGHT_SHARINGS = ("expand", "reduce")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of KFAC that are no hyper-parameters of a group."""
+
+    likelihood: Likelihood | None
+    loss_scale: float
+    output: Callable[[Any], Tensor] | None
+    mask: Callable[[Any, Tensor], Tensor] | None
+    fisher: str
+    approximation: str
+    weight_sharing: str
+    factor_fraction: float
+    max_factor_dim: int
+    seed: int
+    compile: bool
+
+    def __post_init__(self) -> None:
+        _one_of("fisher", self.fisher, FISHERS)
+        _one_of("approximation", self.approximation, APPROXIMATIONS)
+        _one_of("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)
+        if self.likelihood is None and self.fisher != "empirical":
+            raise ValueError(
+                'likelihood is needed unless fisher="empirical": pass "categorical", "bernoulli", "gaussian" '
+                "or a kfac_triton.Likelihood"
+            )
+        _number("loss_scale", self.loss_scale, above=0.0)
+        _number("factor_fraction", self.factor_fraction, above=0.0, most=1.0)
+        _integer("max_factor_dim", self.max_factor_dim)
+        _integer("seed", self.seed, least=0)
+        for name, value in (("output", self.output), ("mask", self.mask)):
+            if value is not None and not callable(value):
+                raise ValueError(f"{name} must be a callable or None; got {value!r}")
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile must be True or False; got {self.compile!r}")
+
+
+def settings(likelihood: str | Likelihood | None, **values: Any) -> Settings:
+    """The settings, with a likelihood given by name looked up."""
+    return Settings(None if likelihood is None else as_likelihood(likelihood), **values)
+
+
+def checked_model(model: object) -> nn.Module:
+    """The model itself.
+
+    Raises:
+        TypeError: it is no module, for instance `model.parameters()`.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    raise TypeError(
+        f"model must be a torch.nn.Module, since K-FAC sees the layers' inputs; got {type(model).__name__}. "
+        "Write KFAC(model, ...), not KFAC(model.parameters(), ...); a subset of parameters goes to params="
+    )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Checks the hyper-parameters of one group, which are numbers or (lr) a 0-d tensor."""
+    for name in ("lr", "momentum", "damping"):
+        value = group[name]
+        if not isinstance(value, (int, float, Tensor)):
+            allowed = "a number or a 0-d tensor" if name == "lr" else "a number"
+            raise ValueError(f"{name} must be {allowed} (adaptive modes and schedules do not exist yet); got {value!r}")
+    if isinstance(group["lr"], Tensor) and group["lr"].dim() != 0:
+        raise ValueError(f"lr as a tensor must be 0-d; got shape {tuple(group['lr'].shape)}")
+    _number("lr", group["lr"], least=0.0)
+    _number("momentum", group["momentum"], least=0.0, below=1.0)
+    _number("damping", group["damping"], least=0.0)
+    _number("weight_decay", group["weight_decay"], least=0.0)
+    _number("factor_decay", group["factor_decay"], least=0.0, below=1.0)
+    _number("kl_clip", group["kl_clip"], above=0.0, infinite=True)
+    _integer("factor_interval", group["factor_interval"])
+    _integer("inverse_interval", group["inverse_interval"])
+
+
+def fallback_ratio(fallback_lr: float | None, lr: float | Tensor) -> float:
+    """The fallback's learning rate as a multiple of lr, so that it follows lr's scheduler; a tenth by default."""
+    if fallback_lr is None:
+        return 0.1
+    _number("fallback_lr", fallback_lr, least=0.0)
+    if float(lr) == 0.0:
+        raise ValueError("fallback_lr is held as a multiple of lr and has none for lr=0; give lr its peak value")
+    return fallback_lr / float(lr)
+
+
+def check_parameters(parameters: list[nn.Parameter], model: nn.Module) -> None:
+    """Raises where K-FAC cannot train these parameters with this model."""
+    known = {id(p) for p in model.parameters()}
+    for p in parameters:
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError("the model has a lazy parameter without a shape; call the model once before KFAC(model)")
+        if id(p) not in known:
+            raise ValueError(f"params holds a tensor of shape {tuple(p.shape)} that is no parameter of model")
+        if not p.is_floating_point():
+            raise ValueError(f"parameters must be real floating-point tensors; one is {p.dtype}")
+        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
+            raise NotImplementedError("sharded parameters (fully_shard, DTensor) are not supported yet")
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise ValueError(f"all parameters must be on one device; got {sorted(map(str, devices))}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _integer(name: str, value: object, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}; got {value!r}")
+
+
+def _number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+    infinite: bool = False,
+) -> None:
+    limits = [f">= {least}", f"> {above}", f"< {below}", f"<= {most}"]
+    bounds = [text for text, limit in zip(limits, (least, above, below, most), strict=True) if math.isfinite(limit)]
+    number = float(value) if isinstance(value, (int, float, torch.Tensor)) else math.nan
+    fits = least <= number <= most and above < number and (number < below or below == math.inf)
+    if isinstance(value, bool) or not fits or not (math.isfinite(number) or infinite):
+        raise ValueError(f"{name} must be a number {' and '.join(bounds)}; got {value!r}")

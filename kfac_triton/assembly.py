@@ -1,0 +1,118 @@
+"""From groups, state and blocks to the lists of tensors of one step; creates momentum and AdamW state where missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kfac_triton.curvature import Block
+from kfac_triton.update import Blocks, Fallback, Hyper, LayerPlan, Plan, Scalar
+
+
+def assemble(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    blocks: Mapping[nn.Parameter, Block],
+    unscale: Tensor,
+    finite: Tensor,
+) -> tuple[Plan, Hyper, Blocks, Fallback]:
+    """The arguments of `update.step_` for the parameters that have gradients."""
+    groups = optimizer.param_groups
+    group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+    with_grad = set(parameters)
+    ready = {w: b for w, b in blocks.items() if w in with_grad and "A_inv" in optimizer.state[w]}
+    momentum = any(group["momentum"] != 0 for group in groups)
+    plans, tensors, taken = [], Blocks(), set()
+    for weight, block in ready.items():
+        has_grad = block.bias is not None and block.bias in with_grad
+        bias_group = group_of[id(block.bias)] if has_grad else group_of[id(weight)]
+        plans.append(LayerPlan(block.layout, group_of[id(weight)], bias_group, has_grad))
+        _add_block(tensors, optimizer, weight, block.bias if has_grad else None, momentum)
+        taken |= {weight, block.bias}
+    rest = [p for p in parameters if p not in taken]
+    fallback = Fallback()
+    for p in rest:
+        _add_fallback(fallback, optimizer, p)
+    plan = Plan(
+        tuple(plans),
+        tuple(group_of[id(p)] for p in rest),
+        trust_region=any(group["kl_clip"] < float("inf") for group in groups),
+        momentum=momentum,
+        weight_decay=any(group["weight_decay"] != 0 for group in groups),
+        gated=finite.device.type != "cpu" or getattr(optimizer, "grad_scale", None) is not None,
+    )
+    return plan, _hyper(optimizer, parameters, unscale, finite), tensors, fallback
+
+
+def _add_block(
+    tensors: Blocks, optimizer: torch.optim.Optimizer, weight: nn.Parameter, bias: nn.Parameter | None, momentum: bool
+) -> None:
+    state = optimizer.state[weight]
+    tensors.A_inv.append(state["A_inv"])
+    tensors.G_inv.append(state["G_inv"])
+    for p, values, grads, buffers in (
+        (weight, tensors.weights, tensors.weight_grads, tensors.weight_buffers),
+        (bias, tensors.biases, tensors.bias_grads, tensors.bias_buffers),
+    ):
+        if p is None or p.grad is None:
+            absent = weight.new_empty(0)
+            values.append(absent)
+            grads.append(absent)
+            buffers.append(absent)
+            continue
+        values.append(p.data)
+        grads.append(p.grad)
+        buffers.append(_momentum_buffer(optimizer, p) if momentum else p.new_empty(0))
+
+
+def _momentum_buffer(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> Tensor:
+    state = optimizer.state[p]
+    if "momentum_buffer" not in state:
+        for name in ("exp_avg", "exp_avg_sq", "fallback_step"):
+            state.pop(name, None)
+        state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    buffer: Tensor = state["momentum_buffer"]
+    return buffer
+
+
+def _add_fallback(fallback: Fallback, optimizer: torch.optim.Optimizer, p: nn.Parameter) -> None:
+    state = optimizer.state[p]
+    if "exp_avg" not in state:
+        state.pop("momentum_buffer", None)
+        state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        state["fallback_step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+    assert p.grad is not None
+    fallback.parameters.append(p.data)
+    fallback.grads.append(p.grad)
+    fallback.exp_avgs.append(state["exp_avg"])
+    fallback.exp_avg_sqs.append(state["exp_avg_sq"])
+    fallback.steps.append(state["fallback_step"])
+
+
+def _hyper(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], unscale: Tensor, finite: Tensor) -> Hyper:
+    """0-d tensors, in double precision where a parameter is: a value that changes never changes the graph."""
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    device = parameters[0].device
+
+    def scalars(*names: str) -> list[Scalar]:
+        values: list[Scalar] = []
+        for group in optimizer.param_groups:
+            value = group[names[0]]
+            for name in names[1:]:
+                value = value * group[name]
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+            values.append(tensor.detach().to(device, dtype))
+        return values
+
+    return Hyper(
+        scalars("lr"),
+        scalars("momentum"),
+        scalars("weight_decay"),
+        scalars("kl_clip"),
+        scalars("lr", "fallback_ratio"),
+        finite,
+        unscale,
+    )

@@ -1,0 +1,409 @@
+"""The only file that knows hooks and function modes: what enters the root, and every use of a known weight.
+
+`RootInputs` keeps references to the inputs of the user's forward passes, nothing more; it works inside a compiled
+model, whose graph must not depend on a growing list: there the last inputs are noted and the backward pass, which is
+never compiled together with its accumulation into `.grad`, moves them to the list. `UseRecorder` is active in K-FAC's
+own pass alone; it follows weights by identity, so that functional code, packed projections and tied weights need no
+module type.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from kfac_triton.blocks import conv, linear
+from kfac_triton.blocks.use import Part, Use
+
+log = logging.getLogger("kfac_triton")
+
+MATCHERS: dict[Any, Callable[..., Use | None]] = {**linear.MATCHERS, **conv.MATCHERS}
+MAX_KEPT_BYTES = 2**31
+
+
+class Autocast(NamedTuple):
+    """The autocast state of a forward pass on one device type."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+
+class Inputs(NamedTuple):
+    """What one call of the root received, by reference, with the autocast states of that moment."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: tuple[Autocast, ...]
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+
+class RootInputs:
+    """Keeps the inputs of the training passes of `module` until they are taken.
+
+    Only calls in training mode with gradients enabled count, and only those whose backward pass reached a parameter.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        device_types: Iterable[str],
+        on_batch: Callable[[], None] | None = None,
+    ) -> None:
+        """`on_batch` is called whenever a pass has been kept, after the first gradient of its backward pass arrived."""
+        self.paused = False
+        self._on_batch = on_batch
+        self.last: Inputs | None = None
+        self.pending: list[Inputs] = []
+        self._device_types = tuple(sorted(set(device_types)))
+        self._kept: list[tuple[Inputs, tuple[int, ...]]] = []
+        self._bytes = 0
+        self._module = module
+        self._full = False
+        self._handles: list[Any] = [
+            module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        ]
+        self.watch(parameters)
+
+    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Notice backward passes by these parameters too."""
+        self._handles += [
+            p.register_post_accumulate_grad_hook(self._after_backward) for p in parameters if p.requires_grad
+        ]
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused or not module.training or not torch.is_grad_enabled():
+            return
+        autocast = tuple(
+            Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in self._device_types
+        )
+        inputs = Inputs(args, kwargs, autocast)
+        if torch.compiler.is_compiling():
+            self.last = inputs
+        else:
+            self.pending.append(inputs)
+
+    def _after_backward(self, parameter: Tensor) -> None:
+        if self.last is not None:
+            self.pending.append(self.last)
+            self.last = None
+        for inputs in self.pending:
+            size = sum(t.untyped_storage().nbytes() for t in inputs.tensors())
+            if self._kept and self._bytes + size > MAX_KEPT_BYTES:
+                if not self._full:
+                    log.warning(
+                        "inputs of one step exceed %d bytes; the later ones stay out of the factors", MAX_KEPT_BYTES
+                    )
+                self._full = True
+                continue
+            self._bytes += size
+            self._kept.append((inputs, _versions(inputs)))
+            if self._on_batch is not None:
+                self._on_batch()
+        self.pending.clear()
+
+    def take(self) -> list[Inputs]:
+        """The inputs of the passes since the last call, which are then forgotten.
+
+        Raises:
+            RuntimeError: a kept input was written to after its forward pass.
+        """
+        kept, self._kept, self._bytes = self._kept, [], 0
+        self.pending.clear()
+        for inputs, versions in kept:
+            if _versions(inputs) != versions:
+                raise RuntimeError(
+                    "an input of the model was modified in place between its backward pass and step(); "
+                    "pass a copy of it to the model, or move the write behind step()"
+                )
+        return [inputs for inputs, _ in kept]
+
+    def forget(self) -> None:
+        """Drop what was kept: the user cleared the gradients or skipped the step."""
+        self._kept, self._bytes = [], 0
+
+    def close(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.pending.clear()
+        self.last = None
+        self.forget()
+
+
+def _versions(inputs: Inputs) -> tuple[int, ...]:
+    return tuple(t._version for t in inputs.tensors() if not t.is_inference())
+
+
+@dataclass
+class Recorded:
+    """A use and the place in the graph where its gradient dy appears; `shape` is dy's, as the operation returned it."""
+
+    use: Use
+    edge: GradientEdge | None
+    shape: torch.Size
+
+    def g(self, dy: Tensor) -> Tensor:
+        return self.use.g(dy.reshape(self.shape))
+
+
+@dataclass
+class Uses:
+    """What one pass saw: the uses of every weight, and the parameters used by something no block covers."""
+
+    recorded: dict[nn.Parameter, list[Recorded]] = field(default_factory=dict)
+    unsupported: dict[nn.Parameter, str] = field(default_factory=dict)
+
+
+class UseRecorder(TorchFunctionMode):
+    """Records every use of `parameters` in the functions called while it is active and gradients are enabled."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.uses = Uses()
+        self._known = {id(p): p for p in parameters}
+        self._batch_axis = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            return self._attention(func, args, kwargs)
+        owners = self._owners((args, kwargs)) if torch.is_grad_enabled() else ()
+        if not owners:
+            return func(*args, **kwargs)
+        matcher = MATCHERS.get(func)
+        use = matcher(self._part, *args, **kwargs) if matcher is not None else None
+        out = func(*args, **kwargs)
+        if use is not None and out.grad_fn is not None:
+            self._record(use, out)
+            owners = [p for p in owners if p is not use.weight.parameter and not _is_bias(use, p)]
+        elif all(not t.requires_grad or self._owner(t) is not None for t in _tensors(out)):
+            return out
+        for parameter in owners:
+            self.uses.unsupported.setdefault(parameter, getattr(func, "__name__", str(func)))
+        return out
+
+    def _attention(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Re-enters packed attention, so that the projections inside are seen; it puts positions before examples."""
+        axis, self._batch_axis = self._batch_axis, int((args[0] if args else kwargs["query"]).dim() == 3)
+        try:
+            with self, mock.patch.object(F, "has_torch_function", lambda *_: False):
+                return func(*args, **kwargs)
+        finally:
+            self._batch_axis = axis
+
+    def _record(self, use: Use, out: Tensor) -> None:
+        # An operation may return a full view of its result; an in-place successor moves the view's place in the graph,
+        # never the base's.
+        base = out._base if out._is_view() and out._base is not None else out
+        if self._batch_axis:
+            object.__setattr__(use, "batch_axis", self._batch_axis)
+        recorded = Recorded(use, get_gradient_edge(base), out.shape)
+        self.uses.recorded.setdefault(use.weight.parameter, []).append(recorded)
+
+    def _owners(self, value: Any) -> list[nn.Parameter]:
+        owners: dict[int, nn.Parameter] = {}
+        for t in _tensors(value):
+            owner = self._owner(t)
+            if owner is not None:
+                owners[id(owner)] = owner
+        return list(owners.values())
+
+    def _owner(self, t: Tensor) -> nn.Parameter | None:
+        """The known parameter that t is, is a view of, or was cast from."""
+        known = self._known.get(id(t))
+        if known is not None or not t.requires_grad or t.grad_fn is None:
+            return known
+        base = t._base if t._is_view() and t._base is not None else t
+        owner = self._known.get(id(base))
+        return owner if owner is not None else self._cast_from(base)
+
+    def _cast_from(self, t: Tensor) -> nn.Parameter | None:
+        if type(t.grad_fn).__name__ != "ToCopyBackward0" or t.grad_fn is None:
+            return None
+        source = getattr(t.grad_fn.next_functions[0][0], "variable", None)
+        return self._known.get(id(source))
+
+    def _part(self, t: Any) -> Part | None:
+        """Which part of a known parameter t is; None where it is none, or no block of whole rows."""
+        parameter = self._owner(t) if isinstance(t, Tensor) else None
+        return None if parameter is None else _part_of(parameter, t)
+
+
+def _is_bias(use: Use, parameter: nn.Parameter) -> bool:
+    return use.bias is not None and use.bias.parameter is parameter
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def _part_of(parameter: nn.Parameter, t: Tensor) -> Part | None:
+    """t as whole rows of `parameter.flatten(1)`, perhaps transposed; decided by shape, strides and offset."""
+    rows = parameter.shape[0] if parameter.dim() else 1
+    if t.shape == parameter.shape and t.stride() == parameter.stride():
+        return Part(parameter, 0, rows)
+    if parameter.dim() == 0 or not parameter.is_contiguous():
+        transposed = t.dim() == 2 and t.shape == parameter.t().shape and t.stride() == parameter.t().stride()
+        return Part(parameter, 0, rows, transposed=True) if transposed else None
+    width = parameter.numel() // rows
+    start, rest = divmod(int(t.storage_offset()) - int(parameter.storage_offset()), width)
+    if rest or (parameter.dim() > 1) != (t.dim() > 1):
+        return None
+    if t.dim() == 1:
+        return Part(parameter, start, start + t.shape[0]) if t.stride(0) == 1 else None
+    for view, transposed in ((t.flatten(1) if t.dim() > 2 else t, False), (t.t() if t.dim() == 2 else t, True)):
+        if view.dim() == 2 and view.shape[1] == width and _strides_match(view, width):
+            return Part(parameter, start, start + view.shape[0], transposed)
+    return None
+
+
+def _strides_match(view: Tensor, width: int) -> bool:
+    return (width == 1 or view.stride(1) == 1) and (view.shape[0] == 1 or view.stride(0) == width)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward pass hands dy on to `seen`. A copy, since what follows may work in place."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, seen: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.seen = seen
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.seen(x, dys[0])
+        return dys[0], None, None
+
+
+class ModuleTaps:
+    """Taps in the user's own passes, for modules of type Linear, Conv1d and Conv2d whose weight is a parameter.
+
+    `on_use(use, dy)` is called in the backward pass, once for each use, also under activation checkpointing;
+    `on_output(returned)` with what the root returned. Both may be traced by torch.compile.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        on_use: Callable[[Use, Tensor], None],
+        on_output: Callable[[Inputs, Any], None],
+    ) -> None:
+        self.weights: dict[nn.Parameter, nn.Module] = {}
+        self._root = module
+        self._on_use, self._on_output = on_use, on_output
+        known = set(parameters)
+        self._handles: list[Any] = [module.register_forward_hook(self._after_root, with_kwargs=True)]
+        tapped = (nn.Linear, nn.Conv1d, nn.Conv2d)
+        elsewhere = {
+            p for child in module.modules() if not isinstance(child, tapped) for p in child.parameters(recurse=False)
+        }
+        for child in module.modules():
+            if isinstance(child, tapped) and child.weight in known and child.weight not in elsewhere:
+                self.weights.setdefault(cast(nn.Parameter, child.weight), child)
+                self._handles.append(child.register_forward_hook(self._after_layer))
+
+    def _live(self) -> bool:
+        return self._root.training and torch.is_grad_enabled()
+
+    def _after_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
+        if self._live():
+            self._on_output(Inputs(args, kwargs, ()), returned)
+
+    def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        if not self._live() or not y.requires_grad:
+            return None
+
+        def seen(x: Tensor, dy: Tensor) -> None:
+            self._on_use(module_use(module, x), dy)
+
+        tapped: Tensor = _Tap.apply(y, args[0], seen)
+        return tapped
+
+    def close(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def module_use(module: nn.Module, x: Tensor) -> Use:
+    """The use that a call of a Linear, Conv1d or Conv2d module with input x is."""
+
+    def whole(parameter: Any) -> Part | None:
+        return Part(parameter, 0, parameter.shape[0]) if isinstance(parameter, nn.Parameter) else None
+
+    if isinstance(module, nn.Linear):
+        use = linear.MATCHERS[F.linear](whole, x, module.weight, module.bias)
+    else:
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+        padding: Any = module.padding
+        if module.padding_mode != "zeros":
+            x, padding = F.pad(x, module._reversed_padding_repeated_twice, module.padding_mode), 0
+        function = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
+        use = conv.MATCHERS[function](
+            whole, x, module.weight, module.bias, module.stride, padding, module.dilation, module.groups
+        )
+    assert use is not None
+    return use
+
+
+@contextmanager
+def bare_pass(inputs: Inputs, device: torch.device, seed: int) -> Iterator[None]:
+    """The surroundings of K-FAC's own pass.
+
+    Eager, gradients on, the autocast state of the user's pass, activation checkpointing of the re-entrant kind passed
+    over (it knows no partial backward), and random numbers of our own: the user's streams stay where they were.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.random.fork_rng(devices),
+        torch.enable_grad(),
+        mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", _run_without_checkpoint),
+        _autocast(inputs.autocast),
+    ):
+        torch.random.manual_seed(seed)
+        yield
+
+
+def _run_without_checkpoint(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    return function(*args)
+
+
+@contextmanager
+def _autocast(states: tuple[Autocast, ...]) -> Iterator[None]:
+    if not states:
+        yield
+        return
+    state, rest = states[0], states[1:]
+    with torch.autocast(state.device_type, dtype=state.dtype, enabled=state.enabled), _autocast(rest):
+        yield

@@ -1,0 +1,238 @@
+"""The curvature of one model: which weights have blocks, when their factors and inverses are refreshed.
+
+The tensors live in the optimizer's state, one dictionary for each weight; here stand only the layouts that follow from
+what the passes saw, and what was said about it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kfac_triton import distributed
+from kfac_triton.approximations import kronecker
+from kfac_triton.arguments import Settings
+from kfac_triton.blocks.layout import Layout
+from kfac_triton.capture import Inputs, RootInputs
+from kfac_triton.empirical import EmpiricalSums
+from kfac_triton.fisher import FisherPass
+from kfac_triton.statistics import block_layout, joint_biases, limited, weight_statistics
+
+log = logging.getLogger("kfac_triton")
+
+State = MutableMapping[Tensor, dict[str, Any]]
+GroupOf = Callable[[nn.Parameter], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The block of one weight: its layout and the bias inside."""
+
+    layout: Layout
+    bias: nn.Parameter | None
+
+
+class Curvature:
+    """Factors and inverses of the blocks of `module`, from its own Fisher passes or from taps in the user's passes."""
+
+    def __init__(self, module: nn.Module, settings: Settings, parameters: list[nn.Parameter]) -> None:
+        self.module = module
+        self.settings = settings
+        self.blocks: dict[nn.Parameter, Block] = {}
+        self.reasons: dict[nn.Parameter, str] = {}
+        self.names = {p: name for name, p in module.named_parameters()}
+        self.observed = False
+        self._pass: FisherPass | None = None
+        self._sums: EmpiricalSums | None = None
+        self._said: set[str] = set()
+        self._suspects: list[tuple[nn.Parameter, Tensor]] = []
+        if settings.fisher == "empirical":
+            self._sums = EmpiricalSums(module, parameters, settings)
+        elif settings.likelihood is not None:
+            self._pass = FisherPass(
+                module,
+                settings.likelihood,
+                settings.output,
+                settings.mask,
+                settings.fisher == "exact",
+                settings.factor_fraction,
+                settings.seed,
+            )
+        on_batch = None if self._sums is None else self._sums.count_batch
+        self.root = RootInputs(module, parameters, {"cpu", *(p.device.type for p in parameters)}, on_batch)
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self.root.close()
+        if self._sums is not None:
+            self._sums.close()
+
+    def forget(self) -> None:
+        """Drop what was kept for a step that does not come."""
+        self.root.forget()
+        if self._sums is not None:
+            self._sums.clear()
+
+    def restore(self, state: State) -> None:
+        """The blocks that a loaded state describes."""
+        parameters = list(self.module.parameters())
+        self.blocks = {}
+        for weight in self.names:
+            stored = state.get(weight, {})
+            if "A" in stored:
+                layout = kronecker.restored_layout(stored, weight)
+                self.blocks[weight] = Block(layout, parameters[int(stored["bias"])] if layout.bias else None)
+        self.observed = bool(self.blocks)
+
+    def update_factors(
+        self,
+        kept: list[Inputs],
+        state: State,
+        parameters: list[nn.Parameter],
+        group_of: GroupOf,
+        unscale: float | Tensor = 1.0,
+    ) -> None:
+        """Refreshes the factors of every weight that the passes saw and whose group is due.
+
+        `unscale` undoes the GradScaler's scale, which the empirical Fisher's gradients carry.
+        """
+        due = [p for p in parameters if group_of(p)["step"] % group_of(p)["factor_interval"] == 0]
+        statistics = self._statistics(kept, parameters, max(group_of(p)["step"] for p in due), unscale)
+        statistics = {w: s for w, s in statistics.items() if w in set(due)}
+        if not statistics:
+            return
+        finite = torch.isfinite(torch.stack([torch.stack(s.magnitudes()).sum() for s in statistics.values()]))
+        distributed.all_agree_(finite)
+        for (weight, found), ok in zip(statistics.items(), finite.unbind(), strict=True):
+            self._adopt(weight, found.layout, found.bias, state)
+            kronecker.update_factors(state[weight], found, group_of(weight)["factor_decay"], ok)
+            self._suspects.append((weight, ok))
+        distributed.average_([state[w][name] for w in statistics for name in "AG"])
+        if finite.device.type == "cpu":
+            self._report_suspects()
+
+    def update_inverses(self, state: State, group_of: GroupOf) -> None:
+        """Refreshes the inverses of every block whose group is due."""
+        self._report_suspects()
+        for weight, block in self.blocks.items():
+            group, stored = group_of(weight), state[weight]
+            if "A_inv" in stored and not inverse_due(group["step"], group["inverse_interval"]):
+                continue
+            if not kronecker.update_inverses(stored, block.layout, group["damping"]):
+                instead = "its last inverse stays" if "A_inv" in stored else "it takes AdamW steps until it has one"
+                self._warn_once(
+                    weight, f"its factors have no finite inverse, in double precision and damped more either; {instead}"
+                )
+
+    def _statistics(
+        self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, unscale: float | Tensor
+    ) -> dict[nn.Parameter, kronecker.Statistics]:
+        if self._pass is None:
+            assert self._sums is not None
+            statistics = self._sums.take(unscale)
+            self._note_reasons({}, parameters, statistics)
+            return statistics
+        seen = self._pass.run(kept, self.root, parameters, update)
+        known = set(parameters)
+        uses = {w: u for w, u in seen.uses.items() if w not in seen.unsupported}
+        joint, refused = joint_biases(seen, known)
+        reasons = {**seen.unsupported, **refused}
+        statistics = {}
+        for weight, found in uses.items():
+            bias = joint.get(weight)
+            layout = block_layout(found, weight, bias is not None, self.settings.max_factor_dim)
+            if layout is None:
+                reasons[weight] = "used in more than one way"
+                continue
+            statistics[weight] = weight_statistics(
+                found,
+                layout,
+                bias,
+                seen.terms,
+                reduce=self.settings.weight_sharing == "reduce",
+                masked=self.settings.mask is not None,
+            )
+        self._note_reasons(reasons, parameters, statistics)
+        return statistics
+
+    def _note_reasons(
+        self,
+        reasons: dict[nn.Parameter, str],
+        parameters: Iterable[nn.Parameter],
+        statistics: dict[nn.Parameter, kronecker.Statistics],
+    ) -> None:
+        """Remembers why parameters have no block, and names the new ones once in the log."""
+        covered = {*self.blocks, *statistics}
+        covered |= {b.bias for b in self.blocks.values() if b.bias is not None}
+        covered |= {s.bias for s in statistics.values() if s.bias is not None}
+        for weight in [w for w in self.blocks if w in reasons]:
+            del self.blocks[weight]
+            covered.discard(weight)
+        new = {p: reasons.get(p, "no use that a block covers was seen") for p in parameters if p not in covered}
+        unsaid = [f"{self.names[p]} ({why})" for p, why in new.items() if p not in self.reasons]
+        self.reasons = new
+        self.observed = True
+        if unsaid:
+            log.info("without a K-FAC block, so AdamW updates them: %s", ", ".join(unsaid))
+
+    def _adopt(self, weight: nn.Parameter, layout: Layout, bias: nn.Parameter | None, state: State) -> None:
+        """Makes the block of a weight, anew where it is used in another way than before."""
+        block = Block(layout, bias)
+        if self.blocks.get(weight) == block:
+            return
+        self.blocks[weight] = block
+        index = next((i for i, p in enumerate(self.module.parameters()) if p is bias), -1)
+        for p in (weight, bias):
+            if p is not None:
+                state[p].clear()
+        kronecker.initialise(state[weight], weight, layout, index)
+
+    def _report_suspects(self) -> None:
+        for weight, ok in self._suspects:
+            if not bool(ok):
+                self._warn_once(weight, "a Fisher pass gave numbers that are not finite; its factors skipped that pass")
+        self._suspects.clear()
+
+    def _warn_once(self, weight: nn.Parameter, message: str) -> None:
+        name = self.names[weight]
+        if (name + message) not in self._said:
+            self._said.add(name + message)
+            log.warning("%s: %s", name, message)
+
+    def coverage(self, parameters: Iterable[nn.Parameter]) -> dict[str, str]:
+        """{parameter name: block name}; "fallback" without one. Before the first pass, what the modules promise."""
+        blocks = self.blocks if self.observed else self.expected()
+        names = {w: b.layout.name for w, b in blocks.items()}
+        names |= {b.bias: b.layout.name for b in blocks.values() if b.bias is not None}
+        return {self.names[p]: names.get(p, "fallback") for p in parameters}
+
+    def expected(self) -> dict[nn.Parameter, Block]:
+        """Blocks by module type, for estimates before the first pass."""
+        blocks: dict[nn.Parameter, Block] = {}
+        for module in self.module.modules():
+            operation, groups = "linear", 1
+            weight: Tensor
+            bias: Tensor | None
+            if isinstance(module, nn.Linear):
+                weight, bias = module.weight, module.bias
+            elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                weight, bias, operation, groups = module.weight, module.bias, "conv", module.groups
+            elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+                weight, bias = module.in_proj_weight, module.in_proj_bias
+            else:
+                continue
+            layout = limited(
+                Layout(operation, groups=groups, bias=bias is not None), weight, self.settings.max_factor_dim
+            )
+            blocks[cast(nn.Parameter, weight)] = Block(layout, cast("nn.Parameter | None", bias))
+        return {w: b for w, b in blocks.items() if w in self.names and w.requires_grad}
+
+
+def inverse_due(step: int, interval: int) -> bool:
+    """Every `interval` steps; in the first interval also at steps 1, 2, 4, 8, ..., while the factors are young."""
+    return step % interval == 0 or (step < interval and step & (step - 1) == 0)

@@ -1,0 +1,37 @@
+"""The only file that calls torch.distributed: data-parallel ranks share one set of factors.
+
+Every rank runs its own Fisher pass on its own part of the batch; the running averages, equal before, are averaged after
+each update, so they stay equal, and so do the inverses that every rank computes from them.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's rank; 0 alone."""
+    return dist.get_rank() if _active() else 0
+
+
+def average_(tensors: list[Tensor]) -> None:
+    """Replaces every tensor by its mean over the ranks, which must all call this with tensors of the same shapes."""
+    if not _active():
+        return
+    handles = [dist.all_reduce(t, async_op=True) for t in tensors]
+    for t, handle in zip(tensors, handles, strict=True):
+        handle.wait()
+        t.div_(dist.get_world_size())
+
+
+def all_agree_(flags: Tensor) -> None:
+    """Replaces every bool by whether it holds on all ranks."""
+    if _active():
+        votes = flags.float()
+        dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+        flags.copy_(votes > 0)

@@ -1,0 +1,228 @@
+"""Which gradients enter the factors: K-FAC's own pass over a part of the kept inputs, through the bare module.
+
+Forward with every use of a known weight recorded, then one backward pass to the layer outputs for targets sampled from
+the likelihood ("mc"), or one for each output direction ("exact"). Kunstner et al. (2019) on why not the data's labels.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from kfac_triton import distributed
+from kfac_triton.capture import Inputs, Recorded, RootInputs, UseRecorder, bare_pass
+from kfac_triton.likelihoods import Likelihood
+
+log = logging.getLogger("kfac_triton")
+
+MIN_SAMPLES = 64
+
+
+@dataclass
+class SeenUse:
+    """One use of a weight, the gradients of its output (one for each backward pass), its batch and examples in that."""
+
+    recorded: Recorded
+    dys: list[Tensor]
+    batch: int
+    examples: int
+
+
+@dataclass
+class Seen:
+    """What the passes of one step saw. `terms`: the loss terms in all of them; `unsupported`: parameter -> function."""
+
+    uses: dict[nn.Parameter, list[SeenUse]] = field(default_factory=dict)
+    unsupported: dict[nn.Parameter, str] = field(default_factory=dict)
+    terms: float | Tensor = 0.0
+
+
+def tensor_of_outputs(returned: Any, output: Callable[[Any], Tensor] | None) -> Tensor:
+    """The outputs z in what the model returned: by `output`, else the tensor itself or its `.logits`.
+
+    Raises:
+        TypeError: no floating-point tensor is there.
+    """
+    z = output(returned) if output is not None else returned
+    if output is None and not isinstance(z, Tensor):
+        z = getattr(z, "logits", z)
+    if not isinstance(z, Tensor) or not z.is_floating_point() or z.dim() == 0:
+        came = f"a {z.dtype} tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        raise TypeError(
+            f"the model's output must be a floating-point tensor with at least one axis; got {came}. "
+            "Name it with output=, a callable from what the model returned to the tensor: output=lambda r: r[0]"
+        )
+    return z
+
+
+def visible_inputs(inputs: Inputs) -> Any:
+    """What `mask` receives: the only argument itself, several as a tuple, keyword arguments alone as a dictionary."""
+    if not inputs.kwargs:
+        return inputs.args[0] if len(inputs.args) == 1 else inputs.args
+    return (*inputs.args, inputs.kwargs) if inputs.args else inputs.kwargs
+
+
+def counted_terms(mask: Callable[[Any, Tensor], Tensor], inputs: Inputs, outputs: Tensor, terms: Tensor) -> Tensor:
+    """The bool tensor of the loss terms that count, shape (N, ...) for `terms` of shape (N, ..., C).
+
+    Raises:
+        ValueError: `mask` returned something else.
+    """
+    counted = mask(visible_inputs(inputs), outputs)
+    if not isinstance(counted, Tensor) or counted.dtype != torch.bool or counted.shape != terms.shape[:-1]:
+        came = f"{counted.dtype} {tuple(counted.shape)}" if isinstance(counted, Tensor) else type(counted).__name__
+        raise ValueError(
+            "mask must return a bool tensor with one entry for each loss term, "
+            f"shape {tuple(terms.shape[:-1])}; got {came}"
+        )
+    return counted
+
+
+@dataclass
+class FisherPass:
+    """Runs the module on kept inputs and collects the uses of its weights with their gradients.
+
+    `fraction` of each batch is used, never fewer than min(N, 64) examples, from a place that moves with each update.
+    Nothing is written to: parameters' `.grad`, buffers (BatchNorm's running statistics) and the global random streams
+    stay as they were.
+    """
+
+    module: nn.Module
+    likelihood: Likelihood
+    output: Callable[[Any], Tensor] | None
+    mask: Callable[[Any, Tensor], Tensor] | None
+    exact: bool
+    fraction: float
+    seed: int
+    _warned: set[str] = field(default_factory=set)
+
+    def run(self, kept: list[Inputs], root: RootInputs, parameters: list[nn.Parameter], update: int) -> Seen:
+        """`update`: the number of this factor update; with `seed` it decides samples, dropout and the part used."""
+        seen = Seen()
+        root.paused = True
+        try:
+            for number, inputs in enumerate(kept):
+                seed = _mixed_seed(self.seed, update, number + (distributed.rank() << 32))
+                with bare_pass(inputs, parameters[0].device, seed):
+                    self._one_batch(inputs, parameters, update, seed, number, seen)
+        finally:
+            root.paused = False
+        return seen
+
+    def _one_batch(
+        self, inputs: Inputs, parameters: list[nn.Parameter], update: int, seed: int, number: int, seen: Seen
+    ) -> None:
+        inputs, recorder, z = self._forward(inputs, parameters, update)
+        terms = self.likelihood.terms_last(z.detach())
+        terms = terms.float() if terms.dtype.itemsize < 4 else terms
+        valid = None if self.mask is None else counted_terms(self.mask, inputs, z.detach(), terms)
+        seen.terms = seen.terms + (terms[..., 0].numel() if valid is None else valid.sum())
+        seen.unsupported.update(recorder.uses.unsupported)
+        recorded = [(w, r) for w, uses in recorder.uses.recorded.items() for r in uses]
+        if not recorded or not z.requires_grad:
+            return
+        directions = [
+            self.likelihood.terms_back(d if valid is None else d * valid.unsqueeze(-1), z).to(z.dtype)
+            for d in self._directions(terms, seed)
+        ]
+        dys: list[list[Tensor]] = [[] for _ in recorded]
+        for i, direction in enumerate(directions):
+            edges = [r.edge for _, r in recorded if r.edge is not None]
+            last = i + 1 == len(directions)
+            found = torch.autograd.grad(z, edges, direction, retain_graph=not last, allow_unused=True)
+            for into, dy in zip(dys, found, strict=True):
+                if dy is not None:
+                    into.append(dy)
+        examples = _batch_size(inputs)
+        for (weight, r), gradients in zip(recorded, dys, strict=True):
+            if gradients:
+                seen.uses.setdefault(weight, []).append(SeenUse(r, gradients, number, examples))
+
+    def _directions(self, terms: Tensor, seed: int) -> Iterator[Tensor]:
+        """What to back-propagate from the outputs `terms` (N, ..., C): the gradients of the summed nll.
+
+        Exact: column c of the likelihood's B for one position at a time, since positions may mix inside the network.
+        """
+        if not self.exact:
+            yield self.likelihood.sampled_gradient(terms, torch.Generator(terms.device).manual_seed(seed))
+            return
+        positions = math.prod(terms.shape[1:-1])
+        for c in range(terms.shape[-1]):
+            column = self.likelihood.fisher_column(terms, c)
+            flat = column.reshape(terms.shape[0], positions, -1)
+            for t in range(positions):
+                one = torch.zeros_like(flat)
+                one[:, t] = flat[:, t]
+                yield one.reshape(terms.shape)
+
+    def _forward(
+        self, inputs: Inputs, parameters: list[nn.Parameter], update: int
+    ) -> tuple[Inputs, UseRecorder, Tensor]:
+        """The recorded forward pass on a part of the batch, or on all of it where the part cannot be cut out."""
+        part = self._part(inputs, update)
+        try:
+            return part, *self._record(part, parameters)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if part is inputs:
+                raise
+            self._warn(
+                "the model fails on a part of its batch (%s); the statistics use whole batches. "
+                "factor_fraction=1.0 says so from the start",
+                str(error).split("\n", 1)[0],
+            )
+            self.fraction = 1.0
+            return inputs, *self._record(inputs, parameters)
+
+    def _record(self, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[UseRecorder, Tensor]:
+        args, kwargs = tree_map(
+            lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (inputs.args, inputs.kwargs)
+        )
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        with UseRecorder(parameters) as recorder:
+            returned = functional_call(self.module, buffers, args, kwargs) if buffers else self.module(*args, **kwargs)
+            return recorder, tensor_of_outputs(returned, self.output)
+
+    def _part(self, inputs: Inputs, update: int) -> Inputs:
+        """`fraction` of the examples, from a place that moves with `update`; all where the batch axis is not plain."""
+        N = _batch_size(inputs)
+        n = max(math.ceil(N * self.fraction), min(N, MIN_SAMPLES))
+        if n >= N:
+            return inputs
+        if any(t.dim() and t.shape[0] != N for t in inputs.tensors()):
+            self._warn(
+                "the model's inputs differ in their first axis, so a part of the batch cannot be cut out; "
+                "the statistics use whole batches. factor_fraction=1.0 says so from the start"
+            )
+            return inputs
+        start = update * n % (N - n + 1)
+        args, kwargs = tree_map(
+            lambda leaf: leaf[start : start + n] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
+            (inputs.args, inputs.kwargs),
+        )
+        return inputs._replace(args=args, kwargs=kwargs)
+
+    def _warn(self, message: str, *values: object) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning(message, *values)
+
+
+def _batch_size(inputs: Inputs) -> int:
+    """The first axis of the first tensor; 1 where there is none."""
+    return next((t.shape[0] for t in inputs.tensors() if t.dim()), 1)
+
+
+def _mixed_seed(seed: int, update: int, batch: int) -> int:
+    """One 63-bit seed from three counters (the finaliser of SplitMix64)."""
+    x = (seed * 0x9E3779B97F4A7C15 + update * 0xBF58476D1CE4E5B9 + batch * 0x94D049BB133111EB) & (2**64 - 1)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & (2**64 - 1)
+    return (x ^ (x >> 31)) >> 1

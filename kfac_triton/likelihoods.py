@@ -1,0 +1,124 @@
+"""Likelihoods p(y | z) of a network's outputs z: the loss, samples from the model, and the Fisher of the outputs.
+
+A loss term is one output position: every axis of z but the likelihood's own (`dim`). For one term the Fisher of the
+outputs is H = E[grad nll grad nll^T] = B B^T; the columns of B, back-propagated, give the exact Fisher (equal to the
+generalised Gauss-Newton matrix, Martens 2020), a sampled gradient gives an unbiased estimate of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+class Likelihood(ABC):
+    """`dim`: the axis of the outputs that belongs to one loss term, -1 for (N, ..., C), 1 for (N, C, H, W)."""
+
+    def __init__(self, dim: int = -1) -> None:
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise ValueError(f"dim must be an int, the outputs' axis of one loss term; got {dim!r}")
+        self.dim = dim
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(dim={self.dim})"
+
+    def terms_last(self, outputs: Tensor) -> Tensor:
+        """Outputs as (..., C) with the likelihood's own axis last; (N,) becomes (N, 1)."""
+        return outputs.unsqueeze(-1) if self._scalar(outputs) else outputs.movedim(self.dim, -1)
+
+    def terms_back(self, terms: Tensor, outputs: Tensor) -> Tensor:
+        """The inverse of `terms_last`, in the shape of `outputs`."""
+        return terms.squeeze(-1) if self._scalar(outputs) else terms.movedim(-1, self.dim)
+
+    def _scalar(self, outputs: Tensor) -> bool:
+        return outputs.dim() == 1
+
+    @abstractmethod
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean negative log-likelihood over the loss terms, in nats (0-d); constants in the targets are left out."""
+
+    @abstractmethod
+    def sampled_gradient(self, z: Tensor, generator: Generator) -> Tensor:
+        """d nll / d z of every term at a target sampled from the model; z (..., C), the likelihood's axis last."""
+
+    @abstractmethod
+    def fisher_column(self, z: Tensor, c: int) -> Tensor:
+        """Column c of B for every term, (..., C), where B B^T is the Fisher of the outputs z (..., C)."""
+
+
+class Categorical(Likelihood):
+    """Class logits; targets are class indices, or probabilities of z's own shape."""
+
+    def _scalar(self, outputs: Tensor) -> bool:
+        return False
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        z = self.terms_last(outputs).flatten(0, -2)
+        if targets.is_floating_point():
+            return F.cross_entropy(z, self.terms_last(targets).flatten(0, -2))
+        return F.cross_entropy(z, targets.flatten())
+
+    def sampled_gradient(self, z: Tensor, generator: Generator) -> Tensor:
+        p = torch.softmax(z, dim=-1)
+        drawn = torch.multinomial(p.flatten(0, -2) if p.dim() > 1 else p[None], 1, generator=generator)
+        return p - torch.zeros_like(p).scatter_(-1, drawn.reshape(*p.shape[:-1], 1), 1.0)
+
+    def fisher_column(self, z: Tensor, c: int) -> Tensor:
+        p = torch.softmax(z, dim=-1)
+        root = p[..., c : c + 1].sqrt()
+        column = -p * root
+        column[..., c : c + 1] += root
+        return column
+
+
+class Bernoulli(Likelihood):
+    """Logits of independent binary outputs; the nll of a term is the sum over its outputs."""
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
+        return self.terms_last(loss).sum(-1).mean()
+
+    def sampled_gradient(self, z: Tensor, generator: Generator) -> Tensor:
+        p = torch.sigmoid(z)
+        return p - torch.bernoulli(p, generator=generator)
+
+    def fisher_column(self, z: Tensor, c: int) -> Tensor:
+        p = torch.sigmoid(z[..., c])
+        column = torch.zeros_like(z)
+        column[..., c] = (p * (1 - p)).sqrt()
+        return column
+
+
+class Gaussian(Likelihood):
+    """Means of a unit-variance normal: nll = 0.5 * squared error, and the Fisher of the outputs is the identity."""
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return 0.5 * self.terms_last((outputs - targets).square()).sum(-1).mean()
+
+    def sampled_gradient(self, z: Tensor, generator: Generator) -> Tensor:
+        return torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+
+    def fisher_column(self, z: Tensor, c: int) -> Tensor:
+        column = torch.zeros_like(z)
+        column[..., c] = 1.0
+        return column
+
+
+NAMES: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
+
+
+def as_likelihood(likelihood: str | Likelihood) -> Likelihood:
+    """The likelihood of that name, or the object itself.
+
+    Raises:
+        ValueError: an unknown name, or something that is no likelihood.
+    """
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if isinstance(likelihood, str) and likelihood in NAMES:
+        return NAMES[likelihood]()
+    allowed = ", ".join(f'"{name}"' for name in NAMES)
+    raise ValueError(f"likelihood must be {allowed} or a kfac_triton.Likelihood; got {likelihood!r}")

@@ -1,0 +1,338 @@
+"""KFAC: the optimizer. Groups, state, intervals, the step, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from kfac_triton import arguments, assembly, checkpoint
+from kfac_triton.approximations import kronecker
+from kfac_triton.curvature import Curvature
+from kfac_triton.likelihoods import Likelihood
+from kfac_triton.update import CompiledStep
+
+log = logging.getLogger("kfac_triton")
+
+
+class KFAC(torch.optim.Optimizer):
+    """Natural gradient with Kronecker-factored curvature (Martens & Grosse 2015).
+
+    For every weight W (d_out, d_in[+1], the bias as last column) the Fisher of the mean nll over loss terms is held as
+    G (x) A, running averages of the second moments of the layer's output gradients and inputs, and the step is
+
+        V = (G + gamma / pi I)^-1 grad (A + pi gamma I)^-1,   W <- W - lr (momentum buf + nu V),   gamma = sqrt(damping)
+
+    The factors come from a pass of K-FAC's own inside `step()`, over a part of the inputs that the model saw since the
+    last step; the loss, its graph, `.grad`, BatchNorm's statistics and the random streams are left alone.
+
+    Args:
+        model: the network, or what torch.compile or DistributedDataParallel made of one.
+        params: parameters or groups, as for torch.optim; by default all that require grad.
+        lr: step length on V. A number or a 0-d tensor; V has the units of the parameters, so 1 is a full Newton step.
+        momentum: of the preconditioned steps.
+        damping: added to eigenvalues of the Fisher of the mean nll, so it has that scale.
+        weight_decay: l2 coefficient; it enters the gradient before preconditioning.
+        likelihood: of the model's outputs: "categorical", "bernoulli", "gaussian" or a `Likelihood`. Not needed for
+            fisher="empirical".
+        loss_scale: your loss = loss_scale * mean nll over loss terms; only fisher="empirical" reads it.
+        output: from what the model returned to the tensor of outputs; default: the tensor itself, or its `.logits`.
+        mask: (inputs, outputs) -> bool tensor of the loss terms that count, shape of the outputs less the likelihood's
+            axis. `inputs` is the model's only argument, the tuple of several, or the dictionary of keyword arguments.
+        fisher: "mc": targets sampled from the model. "exact": every output direction (the generalised Gauss-Newton
+            matrix). "empirical": the gradients of your own loss, from modules of type Linear, Conv1d and Conv2d.
+        approximation: "kronecker", block-diagonal.
+        weight_sharing: "expand": a row for every position of a shared weight. "reduce": one for every example.
+        factor_decay: beta of the running averages, min(1 - 1/k, factor_decay) at the k-th update.
+        factor_interval, inverse_interval: steps between refreshes. In its first interval the inverse is refreshed at
+            steps 1, 2, 4, 8, ... too.
+        factor_fraction: the share of the batch (its first axis) for the statistics, never below min(N, 64) examples.
+        max_factor_dim: a wider side of a weight gets a diagonal factor.
+        kl_clip: bound delta on lr^2 sum <V, grad> / 2, the KL divergence of one step; V is scaled down to it.
+        fallback_lr: AdamW's learning rate for parameters without a block, at this lr: it follows lr's scheduler.
+            Default lr / 10.
+        seed: of the sampled targets.
+        compile: compile the step. Without a C++ compiler: one warning, then eager.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: an argument is out of its range; the message says which and what is allowed.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: ParamsT | None = None,
+        *,
+        lr: float | Tensor = 1e-2,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        initial_damping: float | None = None,
+        weight_decay: float = 0.0,
+        likelihood: str | Likelihood | None = None,
+        loss_scale: float = 1.0,
+        output: Callable[[Any], Tensor] | None = None,
+        mask: Callable[[Any, Tensor], Tensor] | None = None,
+        fisher: str = "mc",
+        approximation: str = "kronecker",
+        weight_sharing: str = "expand",
+        factor_decay: float = 0.95,
+        factor_interval: int = 1,
+        inverse_interval: int = 10,
+        factor_fraction: float = 0.125,
+        max_factor_dim: int = 8192,
+        kl_clip: float | None = None,
+        fallback_lr: float | None = None,
+        seed: int = 0,
+        compile: bool = True,
+    ) -> None:
+        arguments.checked_model(model)
+        if initial_damping is not None:
+            raise ValueError(
+                f'initial_damping belongs to damping="adaptive", which does not exist yet; got {initial_damping!r}'
+            )
+        self._settings = arguments.settings(
+            likelihood,
+            loss_scale=loss_scale,
+            output=output,
+            mask=mask,
+            fisher=fisher,
+            approximation=approximation,
+            weight_sharing=weight_sharing,
+            factor_fraction=factor_fraction,
+            max_factor_dim=max_factor_dim,
+            seed=seed,
+            compile=compile,
+        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "kl_clip": math.inf if kl_clip is None else kl_clip,
+            "factor_decay": factor_decay,
+            "factor_interval": factor_interval,
+            "inverse_interval": inverse_interval,
+            "step": 0,
+        }
+        arguments.check_group(defaults)
+        defaults["fallback_ratio"] = arguments.fallback_ratio(fallback_lr, lr)
+        self._curvature: Curvature | None = None
+        self._module: nn.Module | None = unwrapped(model)
+        if params is None:
+            params = [p for p in self._module.parameters() if p.requires_grad]
+        super().__init__(params, defaults)
+        self._attach(self._module)
+
+    def _attach(self, module: nn.Module) -> None:
+        self._module = module
+        self._step_function = CompiledStep(self._settings.compile)
+        self._curvature = Curvature(module, self._settings, self._parameters())
+        self._names = [self._curvature.names[p] for p in self._parameters()]
+
+    def attach(self, model: nn.Module) -> None:
+        """Binds a copied or unpickled optimizer to `model`, by the names of its parameters.
+
+        Raises:
+            ValueError: the model lacks one of the parameters, or has it in another shape.
+        """
+        module = unwrapped(arguments.checked_model(model))
+        self.close()
+        checkpoint.rebind(self, dict(module.named_parameters()), self._names)
+        self._attach(module)
+        assert self._curvature is not None
+        self._curvature.restore(self.state)
+
+    def close(self) -> None:
+        """Remove every hook from the model. The optimizer can't step again until `attach`."""
+        if self._curvature is not None:
+            self._curvature.close()
+        self._curvature = None
+        self._module = None
+
+    def __enter__(self) -> KFAC:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _attached(self) -> Curvature:
+        if self._curvature is None:
+            raise RuntimeError(
+                "this KFAC has no model: it was closed, copied or unpickled, which leaves the hooks behind. "
+                "Call optimizer.attach(model)"
+            )
+        return self._curvature
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim; the new parameters must belong to the model."""
+        if "kl_clip" in param_group and param_group["kl_clip"] is None:
+            param_group["kl_clip"] = math.inf
+        if "fallback_lr" in param_group:
+            lr = param_group.get("lr", self.defaults["lr"])
+            param_group["fallback_ratio"] = arguments.fallback_ratio(param_group.pop("fallback_lr"), lr)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            arguments.check_group(group)
+            if self._module is not None:
+                arguments.check_parameters(self._parameters(), self._module)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if self._curvature is not None:
+            self._curvature.root.watch(group["params"])
+            self._names = [self._curvature.names[p] for p in self._parameters()]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim; inputs kept for a step that never came are forgotten too."""
+        super().zero_grad(set_to_none)
+        if self._curvature is not None:
+            self._curvature.forget()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, after running `closure` (zero_grad, loss, backward; returns the loss) where one is given.
+
+        Raises:
+            RuntimeError: there are gradients, but the model was not called; or the optimizer has no model.
+        """
+        curvature = self._attached()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = [p for p in self._parameters() if p.grad is not None]
+        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+            raise ValueError("KFAC takes no sparse gradients; build the embedding with sparse=False")
+        kept = curvature.root.take()
+        unscale, finite = self._scaler_state(parameters)
+        if not parameters or (finite.device.type == "cpu" and not bool(finite)):
+            curvature.forget()
+            return loss
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+
+        def group_of(p: nn.Parameter) -> dict[str, Any]:
+            return groups[id(p)]
+
+        if any(group["step"] % group["factor_interval"] == 0 for group in map(group_of, parameters)):
+            if not kept:
+                self._check_gradients_are_zero(parameters)
+                return loss
+            trained = [p for p in parameters if p.requires_grad]
+            curvature.update_factors(kept, self.state, trained, group_of, unscale)
+        curvature.update_inverses(self.state, group_of)
+        self._step_function(*assembly.assemble(self, parameters, curvature.blocks, unscale, finite))
+        for group in self.param_groups:
+            group["step"] += 1
+        return loss
+
+    def _scaler_state(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """(what undoes a GradScaler's scale, whether every gradient is finite), both 0-d on the parameters' device."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        device = grads[0].device if grads else torch.device("cpu")
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        if grads:
+            finite = torch.isfinite(torch.stack([n.float() for n in torch._foreach_norm(grads, math.inf)])).all()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None:
+            if scale is None and self._settings.fisher == "empirical":
+                raise RuntimeError(
+                    'fisher="empirical" cannot learn the GradScaler\'s scale after scaler.unscale_(optimizer); '
+                    'leave that call out, or use fisher="mc", which does not depend on it'
+                )
+            finite = finite & (found_inf.to(device) == 0)
+        unscale = torch.ones((), device=device) if scale is None else 1 / scale.to(device, torch.float32)
+        return unscale, finite
+
+    def _check_gradients_are_zero(self, parameters: list[nn.Parameter]) -> None:
+        if any(bool(p.grad.any()) for p in parameters if p.grad is not None):
+            raise RuntimeError(
+                f"there are gradients, but K-FAC saw no call of its model, a {type(self._module).__name__}, in "
+                "training mode. The loss comes from another module or method than model(...): pass the module that is "
+                "called; or the model ran under torch.compile before KFAC(model) added its hook, which compiled code "
+                "ignores: build KFAC before the first compiled call; or zero_grad() came between backward() and step()"
+            )
+
+    @property
+    def compile_seconds(self) -> float:
+        """Wall time spent so far in steps that compiled a graph."""
+        return self._step_function.seconds
+
+    def factors(self) -> dict[str, dict[str, Tensor]]:
+        """{name of the weight, less ".weight": {"A": (d_in[+1], d_in[+1]), "G": (d_out, d_out)}}.
+
+        float32, or float64 under a float64 model; the bias is the last row and column of A. torch.kron(G, A) is the
+        block of the Fisher of the mean nll, for the weight's rows with the bias as last column. A grouped convolution
+        has a leading axis of groups; a side wider than max_factor_dim is a diagonal (d,).
+        """
+        curvature = self._attached()
+        return {
+            curvature.names[weight].removesuffix(".weight"): {
+                "A": self.state[weight]["A"],
+                "G": self.state[weight]["G"],
+            }
+            for weight in curvature.blocks
+            if self.state[weight]["factor_updates"] > 0
+        }
+
+    def coverage(self) -> dict[str, str]:
+        """{parameter name: block name}, "fallback" where AdamW updates it. Before the first step, what is expected."""
+        return self._attached().coverage(self._parameters())
+
+    def memory_usage(self) -> dict[str, int]:
+        """Bytes of the state: factors, inverses, momentum, fallback, total. An estimate before the first step."""
+        curvature = self._attached()
+        blocks = curvature.blocks if curvature.observed else curvature.expected()
+        factors = sum(kronecker.memory(weight, block.layout) for weight, block in blocks.items())
+        covered = {*blocks, *(block.bias for block in blocks.values())}
+        sizes = {p: p.numel() * p.element_size() for p in self._parameters()}
+        momentum = {id(p) for g in self.param_groups if g["momentum"] != 0 for p in g["params"]}
+        usage = {
+            "factors": factors,
+            "inverses": factors,
+            "momentum": sum(size for p, size in sizes.items() if p in covered and id(p) in momentum),
+            "fallback": sum(2 * size for p, size in sizes.items() if p not in covered),
+        }
+        return {**usage, "total": sum(usage.values())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim; the factors keep their precision under low-precision parameters.
+
+        Raises:
+            ValueError: the state belongs to another model.
+        """
+        checkpoint.check_compatible(self, state_dict)
+        super().load_state_dict(state_dict)
+        checkpoint.restore_dtypes(self, state_dict)
+        if self._curvature is not None:
+            self._curvature.restore(self.state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_settings": self._settings, "_names": self._names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_curvature", None)
+        self.__dict__.setdefault("_module", None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside what torch.compile and (Distributed)DataParallel made of it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
