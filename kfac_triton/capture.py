@@ -104,7 +104,7 @@ class RootInputs:
             self.pending.append(self.last)
             self.last = None
         for inputs in self.pending:
-            size = sum(t.untyped_storage().nbytes() for t in inputs.tensors())
+            size = sum(t.nbytes for t in inputs.tensors())
             if self._kept and self._bytes + size > MAX_KEPT_BYTES:
                 if not self._full:
                     log.warning(

@@ -57,9 +57,9 @@ def damped_inverses(
     """(A + pi gamma I)^-1 and (G + gamma / pi I)^-1, gamma = sqrt(damping), pi^2 = (tr A / dim A) / (tr G / dim G).
 
     Factored Tikhonov damping (Martens & Grosse 2015, section 6.3): damping is added to eigenvalues of the Fisher of
-    the mean nll, so it has the units of the nll per squared parameter. With a = tr A / dim A and g likewise both factors
-    are inverted at mean diagonal 1, as (A / a + d I)^-1 / a with d = gamma / sqrt(a g), so that huge and tiny factors
-    stay in range. Where either factor vanishes so does the Fisher, and both inverses are I / gamma.
+    the mean nll, so it has the units of the nll per squared parameter. With a = tr A / dim A and g likewise, both
+    factors are inverted at mean diagonal 1, as (A / a + d I)^-1 / a with d = gamma / sqrt(a g), so that huge and tiny
+    factors stay in range. Where either factor vanishes so does the Fisher, and both inverses are I / gamma.
 
     Written escalation for a side that will not factorise: Cholesky in its own precision; in double precision; with its
     damping d raised tenfold, six times at most, from no less than the rounding error of its own diagonal.

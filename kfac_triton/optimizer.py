@@ -243,7 +243,8 @@ class KFAC(torch.optim.Optimizer):
         device = grads[0].device if grads else torch.device("cpu")
         finite = torch.ones((), dtype=torch.bool, device=device)
         if grads:
-            finite = torch.isfinite(torch.stack([n.float() for n in torch._foreach_norm(grads, math.inf)])).all()
+            wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+            finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, 2, dtype=wide))).all()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:
             if scale is None and self._settings.fisher == "empirical":

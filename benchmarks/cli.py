@@ -1,0 +1,197 @@
+"""The command `kfac-bench`.
+
+Exit status: 0 done, 2 a user's mistake (one line says which and how to mend it), 1 a fault of ours.
+
+torch, Optuna and matplotlib are imported by the commands that need them, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kfac_triton.benchmarks.plan import Request
+
+FAULT, MISTAKE, INTERRUPTED = 1, 2, 130
+STARTED = time.monotonic() - time.process_time()  # a budget counts from here: imports are part of the command
+REPORTING = 8.0  # seconds of a budget kept for the report, at most a fifth of it
+
+app = typer.Typer(
+    help="Races K-FAC against tuned baselines and reports what came out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[
+    Path | None, typer.Option(help="Folder with the data files; default: $KFAC_DATA, then the usual folders.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's own choice.")]
+
+
+@app.command()
+def run(
+    tasks: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TASK]...", help="Built-in names or path/to/file.py:factory; default: digits."),
+    ] = None,
+    optimizers: Annotated[
+        str, typer.Option(help="Comma-separated; also sgd-default, adamw-default, kfac-default.")
+    ] = "sgd,adamw,kfac",
+    budget: Annotated[float | None, typer.Option(help="Seconds for the whole command, tuning included.")] = None,
+    seeds: Annotated[int, typer.Option(help="Report seeds.")] = 3,
+    trials: Annotated[int | None, typer.Option(help="Settings tried for each tuned optimizer; default 12.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Training seconds of each run; default 60, or from --budget.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("report"),
+    data: Data = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite/--resume", help="Begin anew, or go on with a run of the same plan.")
+    ] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile K-FAC's step; default: in runs of 30 s and more."),
+    ] = None,
+    isolate: Annotated[
+        bool | None,
+        typer.Option(
+            "--isolate/--no-isolate", help="A process for each measured run; default: in runs of 5 s and more."
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the verdicts.")] = False,
+) -> None:
+    """Tune, race and report; interrupted, the same command goes on."""
+    import torch
+
+    from kfac_triton.benchmarks.environment import find_device
+    from kfac_triton.benchmarks.plan import Request
+
+    request = Request(
+        tasks=tuple(tasks or ["digits"]),
+        optimizers=tuple(name.strip() for name in optimizers.split(",") if name.strip()),
+        seeds=seeds,
+        trials=trials,
+        seconds=seconds,
+        budget=budget,
+        device=str(find_device(device)),
+        threads=torch.get_num_threads() if threads is None else threads,
+        compile=compile,
+        isolate=isolate,
+    )
+    _race(request, out, data, overwrite, quiet)
+
+
+def _race(request: Request, out: Path, data: Path | None, overwrite: bool, quiet: bool) -> None:
+    from kfac_triton.benchmarks import report as report_of
+    from kfac_triton.benchmarks.environment import find_device
+    from kfac_triton.benchmarks.plan import check, derive, open_folder, write_plan
+    from kfac_triton.benchmarks.progress import Progress
+    from kfac_triton.benchmarks.race import Race, measure_overhead
+    from kfac_triton.tuning.problems import find_task
+
+    check(request)
+    device = find_device(request.device)
+    tasks = {spec: find_task(spec, data, device) for spec in request.tasks}
+    plan = open_folder(out, request, overwrite)
+    deadline = math.inf
+    if request.budget is not None:
+        deadline = STARTED + request.budget - min(REPORTING, request.budget / 5)
+    if plan is None:
+        budgeted = request.budget is not None and request.seconds is None
+        plan = derive(request, [measure_overhead(task, device) for task in tasks.values()] if budgeted else ())
+        write_plan(out, request, plan)
+    with Progress(plan, quiet) as progress:
+        finished = Race(plan, out, tasks, data=data, watcher=progress, deadline=deadline).go()
+    results = report_of.make(out)
+    for line in report_of.summary_lines(results):
+        typer.echo(line)
+    if not finished:
+        typer.echo(f"The budget ended with {len(results['missing'])} runs missing; the same command goes on.", err=True)
+    typer.echo(f"{out / 'index.html'}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="The --out folder of a run.")]) -> None:
+    """Write results.json, results.csv, the pictures and index.html again."""
+    from kfac_triton.benchmarks import report as report_of
+
+    results = report_of.make(folder)
+    for line in report_of.summary_lines(results):
+        typer.echo(line)
+    typer.echo(f"{folder / 'index.html'}")
+
+
+@app.command()
+def tasks() -> None:
+    """List the built-in tasks."""
+    from kfac_triton.tuning.problems import BUILT_IN
+
+    for name, factory in BUILT_IN.items():
+        typer.echo(f"{name:20}{(factory.__doc__ or '').strip().splitlines()[0]}")
+
+
+@app.command()
+def step(
+    task: Annotated[str, typer.Argument(help="A task, as for run.")],
+    optimizers: Annotated[
+        str, typer.Option(help="Comma-separated; the first one's step is the unit.")
+    ] = "sgd,adamw,kfac",
+    factor_interval: Annotated[int, typer.Option(help="Steps between factor updates.")] = 1,
+    inverse_interval: Annotated[int, typer.Option(help="Steps between inverses.")] = 20,
+    factor_fraction: Annotated[float, typer.Option(help="Share of the batch for the factors.")] = 0.125,
+    batch: Annotated[int | None, typer.Option(help="Batch size; default: the task's own.")] = None,
+    chunks: Annotated[int, typer.Option(help="Timed chunks of each optimizer.")] = 10,
+    chunk: Annotated[int, typer.Option(help="Steps of a chunk, rounded up to whole inverse intervals.")] = 20,
+    compile: Annotated[bool, typer.Option(help="Compile K-FAC's step.")] = True,
+    data: Data = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Compare the cost of one step, interleaved in one process."""
+    import torch
+
+    from kfac_triton.benchmarks.environment import find_device
+    from kfac_triton.benchmarks.step import StepOptions, compare_steps, print_costs
+    from kfac_triton.tuning.problems import find_task
+
+    torch.set_num_threads(threads or torch.get_num_threads())
+    found = find_device(device)
+    names = tuple(name.strip() for name in optimizers.split(","))
+    options = StepOptions(names, factor_interval, inverse_interval, factor_fraction, batch, chunks, chunk, compile)
+    print_costs(task, options, compare_steps(find_task(task, data, found), options, found))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    from kfac_triton.tuning.errors import Mistake
+
+    try:
+        answer: Any = app(args=arguments, standalone_mode=False)
+    except Mistake as mistake:
+        return _complain(str(mistake), MISTAKE)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command goes on", INTERRUPTED)
+    except Exception as error:
+        show = getattr(error, "show", None)  # a usage error of the command line itself
+        if show is not None:
+            show()
+            return MISTAKE
+        traceback.print_exc()
+        return FAULT
+    return answer if isinstance(answer, int) else 0
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"kfac-bench: {text}", file=sys.stderr)
+    return status

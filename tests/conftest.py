@@ -1,0 +1,126 @@
+"""Shared fixtures: where Triton's kernels run in the tests.
+
+With no GPU the kernels run in Triton's interpreter, which must be asked for before their module is imported. Nothing
+else sees it: on the CPU the operators never reach a kernel. With a GPU, set TRITON_INTERPRET=1 to run the interpreted
+tests too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def tf32(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to the ten bits of fraction that an NVIDIA matrix unit keeps."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & 0xFFFFE000).astype(np.uint32).view(np.float32)
+
+
+def repaired_dot(original: Callable[..., object]) -> Callable[..., object]:
+    """The interpreter's dot made to follow the hardware: it multiplies the bit patterns of bfloat16 as if they were
+    integers, and takes every `input_precision` for "ieee".
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def values(handle: TensorHandle) -> np.ndarray:
+        if handle.dtype.scalar == tl.bfloat16:
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return handle.data
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        precision = str(input_precision).upper()
+        rounded = a.dtype.scalar == tl.float32 and "TF32" in precision
+        if a.dtype.scalar != tl.bfloat16 and not rounded:
+            return original(self, a, b, d, input_precision, max_num_imprecise_acc)
+        x, y = values(a), values(b)
+        if not rounded:
+            product = x @ y
+        elif "TF32X3" in precision:
+            product = tf32(x - tf32(x)) @ tf32(y) + tf32(x) @ tf32(y - tf32(y)) + tf32(x) @ tf32(y)
+        else:
+            product = tf32(x) @ tf32(y)
+        return TensorHandle(d.data + product.astype(d.data.dtype), d.dtype.scalar)
+
+    return create_dot
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[type]:
+    """Triton's interpreter with its dot repaired; the class that a test may patch further."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled in this process; TRITON_INTERPRET=1 interprets them")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    original = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = repaired_dot(original)
+    yield InterpreterBuilder
+    InterpreterBuilder.create_dot = original
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """The device of a test that launches a kernel: the interpreter's CPU, or a GPU."""
+    if request.param == "cpu":
+        request.getfixturevalue("interpreter")
+    elif not torch.cuda.is_available():
+        pytest.skip("no CUDA or ROCm device")
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted in this process")
+    return request.param
+
+
+@pytest.fixture(params=["forwards", "backwards", "scattered"])
+def program_order(request: pytest.FixtureRequest, interpreter: type, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the programs of a grid in another order, as a GPU may."""
+    set_grid_idx = interpreter.set_grid_idx
+
+    def place(self, x, y, z):
+        count = self.grid_dim[0]
+        if request.param == "backwards":
+            x = count - 1 - x
+        elif request.param == "scattered":
+            x = int(np.random.default_rng(count).permutation(count)[x])
+        set_grid_idx(self, x, y, z)
+
+    monkeypatch.setattr(interpreter, "set_grid_idx", place)
+    return request.param
+
+
+@pytest.fixture
+def strays(interpreter: type, monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor, torch.Tensor], int]:
+    """(around, view) -> how many addresses in `around`, beside its view `view`, interpreted kernels have touched.
+
+    A read out of bounds may change no result; only this shows it.
+    """
+    seen: list[np.ndarray] = []
+    load, store = interpreter.create_masked_load, interpreter.create_masked_store
+
+    def create_masked_load(self, ptrs, mask, *rest):
+        seen.append(np.atleast_1d(ptrs.data)[np.atleast_1d(mask.data).astype(bool)])
+        return load(self, ptrs, mask, *rest)
+
+    def create_masked_store(self, ptrs, value, mask, *rest):
+        seen.append(np.atleast_1d(ptrs.data)[np.atleast_1d(mask.data).astype(bool)])
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter, "create_masked_load", create_masked_load)
+    monkeypatch.setattr(interpreter, "create_masked_store", create_masked_store)
+
+    def count(around: torch.Tensor, view: torch.Tensor) -> int:
+        touched = np.unique(np.concatenate(seen).astype(np.int64))
+        touched = touched[(touched >= around.data_ptr()) & (touched < around.data_ptr() + around.nbytes)]
+        assert touched.size, "the tensor was not touched at all"
+        elements = torch.arange(around.numel()).as_strided(view.shape, view.stride(), view.storage_offset())
+        return int((~np.isin(touched, around.data_ptr() + elements.numpy() * around.element_size())).sum())
+
+    return count

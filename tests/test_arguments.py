@@ -1,0 +1,185 @@
+"""Bad input: the error names the argument, the value that came, and what is allowed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from kfac_triton import KFAC, Categorical, Gaussian
+
+
+def kfac(model=None, **options) -> KFAC:
+    return KFAC(
+        nn.Linear(3, 2) if model is None else model, **{"likelihood": "categorical", "compile": False, **options}
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "came"),
+    [
+        (lambda: nn.Linear(3, 2).parameters(), "generator"),
+        (lambda: list(nn.Linear(3, 2).parameters()), "list"),
+        (lambda: torch.zeros(3), "Tensor"),
+        (lambda: None, "NoneType"),
+        (lambda: nn.Linear, "type"),
+    ],
+)
+def test_the_model_must_be_a_module(model, came):
+    with pytest.raises(TypeError, match=rf"model must be a torch.nn.Module.*got {came}.*KFAC\(model, \.\.\.\)"):
+        KFAC(model(), likelihood="categorical")
+
+
+def test_the_model_must_be_given():
+    with pytest.raises(TypeError, match="model"):
+        KFAC()
+
+
+def test_the_likelihood_must_be_given_unless_the_fisher_is_empirical():
+    with pytest.raises(ValueError, match=r'likelihood is needed unless fisher="empirical".*"categorical"'):
+        KFAC(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="likelihood is needed"):
+        KFAC(nn.Linear(3, 2), fisher="exact")
+    KFAC(nn.Linear(3, 2), fisher="empirical", compile=False)
+
+
+NUMBERS = [math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]]
+
+
+@pytest.mark.parametrize(
+    ("argument", "values", "allowed"),
+    [
+        ("likelihood", ["softmax", "Categorical", 1, nn.CrossEntropyLoss()], '"categorical", "bernoulli", "gaussian"'),
+        ("fisher", ["true", "MC", None, 1], "'mc', 'exact', 'empirical'"),
+        ("approximation", ["tridiagonal", "eigen", "inverse_free", "kfac", None], "'kronecker'"),
+        ("weight_sharing", ["mean", None], "'expand', 'reduce'"),
+        ("lr", [*NUMBERS, -1e-3, "adaptive"], ""),
+        ("momentum", [*NUMBERS, -0.1, 1.0, 1.5, "adaptive"], ""),
+        ("damping", [*NUMBERS, -1e-3, "adaptive"], ""),
+        ("weight_decay", [*NUMBERS, -1e-3], ">= 0"),
+        ("loss_scale", [*NUMBERS, 0.0, -1.0], "> 0"),
+        ("factor_decay", [*NUMBERS, -0.1, 1.0], "< 1"),
+        ("factor_fraction", [*NUMBERS, 0, 0.0, -0.5, 2, 1.01], "> 0.*<= 1"),
+        ("factor_interval", [*NUMBERS, 0, -1, 2.0], "integer >= 1"),
+        ("inverse_interval", [*NUMBERS, 0, -1, 2.0], "integer >= 1"),
+        ("max_factor_dim", [*NUMBERS, 0, -1, 2.0], "integer >= 1"),
+        ("kl_clip", [math.nan, -math.inf, "0.1", True, 0.0, -1.0], "> 0"),
+        ("fallback_lr", [math.nan, math.inf, "0.1", True, -1.0], ">= 0"),
+        ("seed", [math.nan, "0", None, True, -1, 0.5], "integer >= 0"),
+        ("output", [0, "logits"], "callable"),
+        ("mask", [0, torch.ones(2, dtype=torch.bool)], "callable"),
+        ("compile", [None, 1, "yes"], "True or False"),
+    ],
+)
+def test_values_out_of_range(argument, values, allowed):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"(?s)^{argument} must be .*{allowed}.*got ") as error:
+            kfac(**{argument: value})
+        # The value itself stands behind "got", but for objects with a long text.
+        assert str(error.value).split("got ")[-1].strip().startswith(repr(value)[:8]), value
+
+
+@pytest.mark.parametrize("argument", ["lr", "momentum", "damping"])
+def test_adaptive_modes_are_refused_until_they_exist(argument):
+    with pytest.raises(ValueError, match=rf"^{argument} must be .*adaptive.*do not exist yet.*got 'adaptive'"):
+        kfac(**{argument: "adaptive"})
+
+
+def test_initial_damping_is_refused_until_it_means_something():
+    with pytest.raises(ValueError, match=r'initial_damping belongs to damping="adaptive".*got 0.5'):
+        kfac(initial_damping=0.5)
+
+
+def test_lr_as_a_tensor():
+    for bad in (torch.zeros(1), torch.zeros(2, 2)):
+        with pytest.raises(ValueError, match="lr as a tensor must be 0-d; got shape"):
+            kfac(lr=bad)
+    with pytest.raises(ValueError, match="lr must be a number"):
+        kfac(lr=torch.tensor(math.nan))
+    kfac(lr=torch.tensor(0.1))
+
+
+def test_the_edges_of_every_range_are_allowed():
+    kfac(lr=0.0, momentum=0.0, damping=0.0, weight_decay=0.0, factor_decay=0.0, factor_fraction=1.0)
+    kfac(lr=1, damping=1, weight_decay=1, factor_interval=1, inverse_interval=1, max_factor_dim=1, factor_fraction=1)
+    kfac(kl_clip=1e-12, fallback_lr=0.0, seed=2**62, likelihood=Categorical(dim=1), loss_scale=1e-9)
+    kfac(kl_clip=None, likelihood=Gaussian(), output=lambda z: z, mask=lambda x, z: z[..., 0] > 0)
+
+
+def test_a_fallback_lr_has_no_ratio_to_an_lr_of_zero():
+    with pytest.raises(ValueError, match=r"fallback_lr.*lr=0"):
+        kfac(lr=0.0, fallback_lr=0.1)
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="dampening"):
+        kfac(dampening=0.1)
+    with pytest.raises(TypeError, match="positional"):
+        KFAC(nn.Linear(3, 2), None, 0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------- params
+
+
+def test_params_of_another_model():
+    with pytest.raises(ValueError, match=r"params holds a tensor of shape \(4, 4\) that is no parameter of model"):
+        kfac(params=nn.Linear(4, 4).parameters())
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [(lambda m: [], ValueError), (lambda m: m.weight, TypeError), (lambda m: [m.weight, m.weight], ValueError),
+     (lambda m: [m.weight * 2], ValueError), (lambda m: [1.0], TypeError)],
+)  # fmt: skip
+def test_params_as_torch_optim_refuses_them(params, error):
+    model = nn.Linear(3, 2)
+    with pytest.raises(error):
+        kfac(model, params=params(model))
+
+
+def test_a_model_without_parameters():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        kfac(nn.ReLU())
+    with pytest.raises(ValueError, match="empty parameter list"):
+        kfac(nn.Linear(3, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize("option", [{"factor_interval": 0}, {"lr": math.nan}, {"damping": -1.0}, {"momentum": 1.0}])
+def test_groups_are_checked_like_arguments(option):
+    model = nn.Linear(3, 2)
+    (name,) = option
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        kfac(model, params=[{"params": model.parameters(), **option}])
+
+
+def test_lazy_parameters():
+    with pytest.raises(ValueError, match=r"lazy parameter.*call the model once"):
+        kfac(nn.LazyLinear(3))
+
+
+def test_complex_parameters():
+    with pytest.raises(ValueError, match=r"real floating-point.*complex64"):
+        kfac(nn.Linear(3, 2, dtype=torch.complex64))
+
+
+def test_parameters_on_two_devices():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match=r"one device; got .*cpu.*meta"):
+        kfac(model)
+
+
+def test_a_refused_argument_leaves_no_hook_behind():
+    model = nn.Linear(3, 2)
+    for options in ({"lr": -1.0}, {"fisher": "none"}, {"params": nn.Linear(1, 1).parameters()}, {"fallback_lr": -1.0}):
+        with pytest.raises(ValueError):
+            kfac(model, **options)
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("dim", [None, True, 1.0, "last"])
+def test_the_likelihoods_axis(dim):
+    with pytest.raises(ValueError, match=r"dim must be an int.*got"):
+        Categorical(dim=dim)

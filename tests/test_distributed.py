@@ -1,0 +1,52 @@
+"""Two ranks with half of the batch each take the step that one process takes with all of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kfac_triton import KFAC
+
+WORLD = 2
+STEPS = 3
+
+
+def train(rank: int, world: int, parallel: bool) -> dict[str, torch.Tensor]:
+    """A deep tanh net in float64; the exact Fisher draws nothing, so ranks and one process see the same curvature."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    inputs, targets = torch.randn(12, 5).double(), torch.randint(3, (12,))
+    model = nn.parallel.DistributedDataParallel(net) if parallel else net
+    optimizer = KFAC(
+        model, likelihood="categorical", fisher="exact", lr=0.3, damping=1e-2, factor_fraction=1.0, compile=False
+    )
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs[rank::world]), targets[rank::world]).backward()
+        optimizer.step()
+    return net.state_dict()
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    torch.save(train(rank, WORLD, parallel=True), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(WORLD)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0] * WORLD
+    alone = train(0, 1, parallel=False)
+    for rank in range(WORLD):
+        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, expected in alone.items():
+            torch.testing.assert_close(together[name], expected, rtol=1e-10, atol=1e-12)
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), sys.argv[2])

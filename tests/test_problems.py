@@ -1,0 +1,112 @@
+"""The built-in tasks: their networks, their scale, and that a seed fixes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kfac_triton.tuning import datasets, problems
+from kfac_triton.tuning.problems import CURVES_WIDTHS, MNIST_WIDTHS, autoencoder, find_task
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small wait for threads longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CURVES with 600 + 100 images, so that no test pays for 30,000."""
+    monkeypatch.setattr(problems, "load_curves", lambda: datasets.load_curves(600, 100))
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+
+
+@pytest.mark.parametrize("widths", [CURVES_WIDTHS, MNIST_WIDTHS])
+def test_an_autoencoder_is_mirrored_with_a_linear_code(widths: tuple[int, ...]) -> None:
+    model = autoencoder(widths)
+    sizes = [layer.in_features for layer in linears(model)] + [linears(model)[-1].out_features]
+    assert sizes == [*widths, *reversed(widths[:-1])]
+    layers = list(model)
+    code = 2 * (len(widths) - 2)
+    assert layers[code].out_features == widths[-1]
+    assert isinstance(layers[code + 1], nn.Linear) and isinstance(layers[-1], nn.Linear)
+    assert sum(isinstance(layer, nn.Sigmoid) for layer in layers) == len(sizes) - 3
+
+
+def test_the_initial_weights_are_sparse_and_fixed_by_the_seed() -> None:
+    def initial(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return linears(autoencoder(CURVES_WIDTHS))[1].weight.detach()
+
+    weight = initial(3)
+    assert (weight != 0).sum(1).tolist() == [15] * 200
+    assert float(weight[weight != 0].std()) == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(weight, initial(3)) and not torch.equal(weight, initial(4))
+
+
+def test_the_loss_is_the_bernoulli_nll_of_an_example(few_curves: None) -> None:
+    task = find_task("curves")
+    outputs, targets = torch.randn(5, 784, dtype=torch.float64), torch.rand(5, 784, dtype=torch.float64)
+    p = outputs.sigmoid()
+    nll = -(targets * p.log() + (1 - targets) * (1 - p).log()).sum(1)
+    assert float(task.loss(outputs, targets)) == pytest.approx(float(nll.mean()), rel=1e-12)
+
+
+def test_the_metric_is_the_squared_error_of_an_image(few_curves: None) -> None:
+    task = find_task("curves")
+    images = datasets.load_curves(600, 100)
+    assert task.evaluate is not None and task.test is not None
+
+    class Grey(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    expected = ((images.train.double() - 0.5) ** 2).sum(1).mean()
+    assert task.evaluate(Grey()) == pytest.approx(float(expected), rel=1e-5)
+    held_out = ((images.test.double() - 0.5) ** 2).sum(1).mean()
+    assert task.test(Grey()) == pytest.approx(float(held_out), rel=1e-5)
+
+
+def test_batches_are_fixed_by_the_seed_and_cover_an_epoch(few_curves: None) -> None:
+    inputs = torch.arange(10.0)[:, None]
+    batches = problems.shuffled(inputs, inputs, 4)
+
+    def first(seed: int, count: int) -> list[list[float]]:
+        stream = batches(seed)
+        return [next(stream)[0].flatten().tolist() for _ in range(count)]
+
+    assert first(1, 6) == first(1, 6) != first(2, 6)
+    two = np.concatenate(first(1, 2))
+    assert len(set(two)) == 8  # no row twice within an epoch
+    targets = next(batches(1))
+    assert targets[0] is targets[1]
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-autoencoder"])
+def test_a_digits_task_trains(name: str) -> None:
+    pytest.importorskip("sklearn")
+    task = find_task(name)
+    torch.manual_seed(0)
+    model = task.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    assert task.evaluate is not None
+    with torch.no_grad():
+        before = task.evaluate(model)
+    for _, (inputs, targets) in zip(range(30), task.batches(0), strict=False):
+        optimizer.zero_grad()
+        task.loss(model(inputs), targets).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert task.evaluate(model) < 0.5 * before
+    assert task.data[0]["digest"] and task.data[0]["size"] == "1438 + 359"

@@ -1,0 +1,301 @@
+"""syrk_ against dense float64 algebra: the reference, its form without host decisions, and the Triton kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kfac_triton import ops
+from kfac_triton.kernels import syrk
+from kfac_triton.kernels._launch import Tile, jit, tl
+
+# Error allowed, relative to the largest entry: half inputs are taken as they were rounded, and summed in float32.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6, torch.float64: 1e-13}
+# The error may be at most this many times that of torch's own float32 product.
+TIMES_TORCH = 3.0
+
+SMALL = Tile(32, 32, 4, 3)
+# (n, d): below, at and beside multiples of the tile; two tiles a side at least once with and once without a remainder.
+SIZES = [(70, 40), (64, 64), (33, 31), (1, 32), (40, 97)]
+
+
+@pytest.fixture(params=["reference", "without_sync", "triton"])
+def update(request):
+    """Each implementation, for CPU tensors."""
+    if request.param == "triton":
+        request.getfixturevalue("interpreter")
+        return lambda *args: syrk.launch(*args, tile=SMALL, precision="ieee")
+    return getattr(syrk, request.param)
+
+
+def expected(F: Tensor, X: Tensor, alpha: float, beta: float, bias: bool) -> Tensor:
+    """The definition, in float64, with the ones column written out."""
+    Xa = X.double()
+    if bias:
+        Xa = torch.cat([Xa, torch.ones_like(Xa[..., :1])], -1)
+    old = torch.zeros_like(F, dtype=torch.float64) if beta == 0 else beta * F.double()
+    return old if alpha == 0 else old + alpha * Xa.mT @ Xa
+
+
+def scalars(alpha: float, beta: float, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    return torch.tensor(alpha, dtype=torch.float64, device=device), torch.tensor(beta, device=device)
+
+
+def make(n: int, d: int, bias: bool, dtype: torch.dtype = torch.float32, batch: tuple[int, ...] = (), device="cpu"):
+    torch.manual_seed(n * 1000 + d)
+    D = d + bias
+    F = torch.randn(*batch, D, D, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    X = torch.randn(*batch, n, d) + 0.5
+    return (F + F.mT).to(device), X.to(dtype).to(device)
+
+
+def check(F: Tensor, E: Tensor, tolerance: float) -> None:
+    assert torch.equal(F, F.mT), "not symmetric bit for bit"
+    error = (F.double() - E).abs().max().item()
+    assert error <= tolerance * max(E.abs().max().item(), 1e-30), error
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "d"), SIZES)
+def test_kernel_matches_float64(kernel_device, n, d, dtype, bias):
+    F, X = make(n, d, bias, dtype, device=kernel_device)
+    E = expected(F, X, 0.3, 0.7, bias)
+    syrk.launch(F, X, *scalars(0.3, 0.7, kernel_device), bias, tile=SMALL, precision="ieee")
+    check(F, E, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", range(3))
+def test_every_shipped_tile(kernel_device, size, dtype):
+    tile = syrk.TILES["float32" if dtype == torch.float32 else "half"][size]
+    F, X = make(150, 2 * tile.block + 9, True, dtype, device=kernel_device)
+    E = expected(F, X, 0.3, 0.7, True)
+    syrk.launch(F, X, *scalars(0.3, 0.7, kernel_device), True, tile=tile)
+    check(F, E, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("n", "d"), [(0, 40), (1, 1), (0, 1), (2, 1), (37, 1)])
+def test_smallest_sizes(update, n, d, bias):
+    F, X = make(n, d, bias)
+    E = expected(F, X, 0.3, 0.7, bias)
+    update(F, X, *scalars(0.3, 0.7), bias)
+    check(F, E, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_batch(update, bias):
+    F, X = make(45, 37, bias, batch=(3,))
+    E = expected(F, X, 0.3, 0.7, bias)
+    update(F, X, *scalars(0.3, 0.7), bias)
+    check(F, E, TOLERANCE[torch.float32])
+
+
+STRIDED = {
+    "transposed": lambda: torch.randn(40, 70).mT,
+    "every other row": lambda: torch.randn(140, 40)[::2],
+    "every other column": lambda: torch.randn(70, 80)[:, ::2],
+    "columns of a wider matrix": lambda: torch.randn(70, 100)[:, 30:70],
+    "one row repeated": lambda: torch.randn(1, 40).expand(70, 40),
+    "channels of images": lambda: torch.randn(3, 40, 7, 5).flatten(2).mT,
+    "groups of channels": lambda: torch.randn(70, 3, 40).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_any_strides(update, layout):
+    torch.manual_seed(0)
+    X = STRIDED[layout]()
+    F = torch.zeros(*X.shape[:-2], 41, 41)
+    E = expected(F, X, 0.3, 0.7, True)
+    update(F, X, *scalars(0.3, 0.7), True)
+    check(F, E, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_nothing_beyond_the_arguments_is_read_or_written(update, bias):
+    """NaN before, after and beside F and X: none may enter F, and none of those around F may change."""
+    n, d = 45, 40
+    D = d + bias
+    around_X = torch.full((n + 80, d + 50), torch.nan)
+    around_F = torch.full((3, D + 80, D + 50), torch.nan)
+    X, F = around_X[40 : 40 + n, 7 : 7 + d], around_F[1, 40 : 40 + D, 7 : 7 + D]
+    start, X_values = make(n, d, bias)
+    X.copy_(X_values)
+    F.copy_(start)
+    E = expected(F, X, 0.3, 0.7, bias)
+    update(F, X, *scalars(0.3, 0.7), bias)
+    check(F, E, TOLERANCE[torch.float32])
+    F.fill_(torch.nan)
+    assert around_F.isnan().all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_address_beyond_the_arguments(strays, bias):
+    n, d = 45, 40
+    D = d + bias
+    around_X, around_F = torch.zeros(n + 80, d + 50), torch.zeros(D + 80, D + 50)
+    X, F = around_X[40 : 40 + n, 7 : 7 + d], around_F[40 : 40 + D, 7 : 7 + D]
+    syrk.launch(F, X, *scalars(0.3, 0.7), bias, tile=SMALL)
+    assert strays(around_X, X) == 0
+    assert strays(around_F, F) == 0
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("n", [0, 45])
+def test_beta_zero_never_reads_F(update, n, batch):
+    F, X = make(n, 40, True, batch=batch)
+    F.fill_(torch.nan)
+    E = expected(F, X, 0.3, 0.0, True)
+    update(F, X, *scalars(0.3, 0.0), True)
+    check(F, E, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_alpha_zero_ignores_the_product(update, poison):
+    F, X = make(45, 40, True)
+    X[3, 2] = poison
+    before = F.clone()
+    update(F, X, *scalars(0.0, 1.0), True)
+    assert torch.equal(F, before)
+    update(F, X, *scalars(0.0, 0.5), True)
+    assert torch.equal(F, before * 0.5)
+    F.fill_(torch.nan)
+    update(F, X, *scalars(0.0, 0.0), True)
+    assert torch.equal(F, torch.zeros_like(F))
+
+
+def test_a_non_finite_row_shows(update):
+    """With alpha at work NaN must come through: hiding it is not this operator's decision."""
+    F, X = make(45, 40, True)
+    X[3, 2] = torch.nan
+    update(F, X, *scalars(0.3, 0.7), True)
+    assert F[2].isnan().all() and F[:, 2].isnan().all() and F.isnan().sum() == 2 * 41 - 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_program_order_does_not_matter(program_order, bias):
+    F, X = make(45, 100, bias)
+    E = expected(F, X, 0.3, 0.7, bias)
+    syrk.launch(F, X, *scalars(0.3, 0.7), bias, tile=SMALL)
+    check(F, E, TOLERANCE[torch.float32])
+
+
+def test_tf32x3_is_symmetric_and_as_exact_as_float32(kernel_device):
+    """Its cross terms are added in an order that differs between (i, j) and (j, i), even within a diagonal tile."""
+    F, X = make(500, 90, True, device=kernel_device)
+    E, own = expected(F, X, 0.3, 0.7, True), F.clone()
+    syrk.launch(F, X, *scalars(0.3, 0.7, kernel_device), True, tile=Tile(128, 32, 8, 3), precision="tf32x3")
+    syrk.without_sync(own, X, *scalars(0.3, 0.7, kernel_device), True)
+    check(F, E, TIMES_TORCH * (own.double() - E).abs().max().item() / E.abs().max().item())
+
+
+@pytest.mark.gpu
+def test_operator_on_a_gpu():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for d in (40, 1000):
+            F, X = make(300, d, True, dtype, device="cuda")
+            E = expected(F, X, 0.3, 0.7, True)
+            ops.syrk_(F, X, *scalars(0.3, 0.7, "cuda"), bias=True)
+            check(F, E, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_offsets_beyond_32_bits(interpreter, axis):
+    """X spread over memory that is reserved and not used; an offset that wraps around lands before X, still inside."""
+    half = 2**31
+    try:
+        memory = torch.empty(2 * half + 64, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("the machine does not reserve that much memory")
+    stride = 2**30 + 4
+    X = memory.as_strided((3, 2) if axis == "rows" else (2, 3), (stride, 1) if axis == "rows" else (1, stride), half)
+    X.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).view(X.shape))
+    F = torch.zeros(X.shape[1], X.shape[1])
+    syrk.launch(F, X, *scalars(1.0, 0.0), False, tile=Tile(16, 16, 4, 2))
+    check(F, expected(F, X, 1.0, 0.0, False), 0.0)
+
+
+@pytest.mark.parametrize("n", [5, 200])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_reference_across_blocks(n, batch):
+    """More than two of the reference's blocks a side, the last one ragged."""
+    d = 2 * syrk.REFERENCE_BLOCK + 19
+    F, X = make(n, d, True, batch=batch)
+    E = expected(F, X, 0.3, 0.7, True)
+    syrk.reference(F, X, *scalars(0.3, 0.7), True)
+    check(F, E, TOLERANCE[torch.float32])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(0, 70),
+    d=st.integers(1, 70),
+    batch=st.sampled_from([(), (1,), (3,)]),
+    bias=st.booleans(),
+    dtype=st.sampled_from([*TOLERANCE]),
+    alpha=st.sampled_from([0.0, 0.05, 1.0]),
+    beta=st.sampled_from([0.0, 0.95, 1.0]),
+)
+def test_operator_on_ragged_sizes(n, d, batch, bias, dtype, alpha, beta):
+    F, X = make(n, d, bias, dtype, batch)
+    E = expected(F, X, alpha, beta, bias)
+    ops.syrk_(F, X, *(s.double() for s in scalars(alpha, beta)), bias=bias)
+    check(F, E, TOLERANCE[dtype] if dtype != torch.float64 else 1e-7)  # beta was rounded to float32
+
+
+def test_mixed_dtypes(update):
+    """float64 rows go into a float32 average."""
+    F, X = make(45, 40, True)
+    E = expected(F, X, 0.3, 0.7, True)
+    update(F, X.double(), *scalars(0.3, 0.7), True)
+    check(F, E, TOLERANCE[torch.float32])
+
+
+def test_autocast_does_not_round(update):
+    F, X = make(45, 40, True)
+    E = expected(F, X, 0.3, 0.7, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        update(F, X, *scalars(0.3, 0.7), True)
+    check(F, E, TOLERANCE[torch.float32])
+
+
+def test_interpreter_repair(interpreter):
+    """What the interpreted tests rest on: bfloat16 dots are right, TF32 rounds, three TF32 products do not."""
+    errors = {}
+    for dtype, precision in [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3")]:
+        F, X = make(64, 64, False, dtype)
+        E = expected(F, X, 1.0, 0.0, False)
+        syrk.launch(F, X, *scalars(1.0, 0.0), False, tile=Tile(64, 64, 4, 3), precision=precision)
+        errors[dtype, precision] = ((F.double() - E).abs().max() / E.abs().max()).item()
+    assert errors[torch.bfloat16, "ieee"] < 1e-6
+    assert 1e-5 < errors[torch.float32, "tf32"] < 1e-3
+    assert errors[torch.float32, "tf32x3"] < 1e-6
+
+
+@jit
+def triangle_probe(rows, columns, indices, COUNT: tl.constexpr):
+    """Writes the row and column of each index."""
+    at = tl.arange(0, COUNT)
+    i, j = syrk._triangle(tl.load(indices + at))
+    tl.store(rows + at, i)
+    tl.store(columns + at, j)
+
+
+@pytest.mark.parametrize("error", [-2e-7, 0.0, 2e-7])
+def test_triangle_far_out(interpreter, monkeypatch, error):
+    """First and last tiles of rows where float32 no longer holds 8 index + 1, and a GPU's root is not rounded right."""
+    root = interpreter.create_sqrt
+    monkeypatch.setattr(
+        interpreter, "create_sqrt", lambda self, x: type(x)(root(self, x).data * np.float32(1 + error), x.dtype)
+    )
+    i = torch.cat([torch.arange(16), torch.arange(16000, 16016)]).int()
+    expected_rows, expected_columns = torch.cat([i, i]), torch.cat([torch.zeros_like(i), i])
+    rows, columns = torch.empty(64, dtype=torch.int32), torch.empty(64, dtype=torch.int32)
+    triangle_probe[(1,)](rows, columns, expected_rows * (expected_rows + 1) // 2 + expected_columns, COUNT=64)
+    assert torch.equal(rows, expected_rows) and torch.equal(columns, expected_columns)

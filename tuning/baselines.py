@@ -1,0 +1,108 @@
+"""The optimizers of a race: how each is built from its hyper-parameters, and what it does untuned.
+
+A schedule belongs to the run, not to the optimizer: `apply_schedule` multiplies the initial lr (and K-FAC's damping)
+of every parameter group by a factor of the share of seconds that is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.schedules import factor
+from kfac_triton.tuning.task import Task
+
+Hyper = Mapping[str, Any]
+Build = Callable[[nn.Module, Task, Hyper, bool], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An optimizer of a race. `build(model, task, hyper, compile)`; `tuned`: it takes part in the search."""
+
+    name: str
+    build: Build
+    tuned: bool = True
+
+
+def build_sgd(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
+    """SGD with Nesterov's momentum."""
+    momentum = hyper["momentum"]
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=hyper["lr"],
+        momentum=momentum,
+        nesterov=momentum > 0,
+        weight_decay=hyper.get("weight_decay", 0.0),
+    )
+
+
+def build_adamw(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=hyper["lr"],
+        betas=(hyper["beta1"], hyper["beta2"]),
+        weight_decay=hyper.get("weight_decay", 0.0),
+    )
+
+
+def build_kfac(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
+    """K-FAC with sampled targets; every entry of `hyper` that is no schedule goes to its constructor."""
+    from kfac_triton import KFAC
+
+    own = {name: value for name, value in hyper.items() if name not in SCHEDULE_NAMES}
+    return KFAC(model, likelihood=task.likelihood, loss_scale=task.loss_scale, compile=compile, **own)
+
+
+def build_default_sgd(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
+    """torch's own defaults: lr 1e-3, no momentum."""
+    return torch.optim.SGD(model.parameters())
+
+
+def build_default_adamw(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
+    """torch's own defaults: lr 1e-3, betas (0.9, 0.999), weight decay 0.01."""
+    return torch.optim.AdamW(model.parameters())
+
+
+SCHEDULE_NAMES = ("schedule", "warmup", "damping_end")
+ENTRANTS = {
+    entrant.name: entrant
+    for entrant in (
+        Entrant("sgd", build_sgd),
+        Entrant("adamw", build_adamw),
+        Entrant("kfac", build_kfac),
+        Entrant("sgd-default", build_default_sgd, tuned=False),
+        Entrant("adamw-default", build_default_adamw, tuned=False),
+        Entrant("kfac-default", build_kfac, tuned=False),
+    )
+}
+BASELINES = ("sgd", "adamw")  # whose tuned results set the targets
+
+
+def find_entrant(name: str) -> Entrant:
+    """Raises: Mistake: no optimizer of that name."""
+    if name not in ENTRANTS:
+        raise Mistake(f"unknown optimizer {name!r}: one of {', '.join(ENTRANTS)}")
+    return ENTRANTS[name]
+
+
+def apply_schedule(
+    optimizer: torch.optim.Optimizer, initial: list[dict[str, Any]], hyper: Hyper, progress: float
+) -> None:
+    """Sets lr, and damping where it is scheduled, in all groups; `initial` is from `initial_values`."""
+    scale = factor(hyper.get("schedule", "constant"), progress, hyper.get("warmup", 0.0))
+    damping_scale = hyper.get("damping_end", 1.0) ** progress
+    for group, start in zip(optimizer.param_groups, initial, strict=True):
+        group["lr"] = start["lr"] * scale
+        if start["damping"] is not None:
+            group["damping"] = start["damping"] * damping_scale
+
+
+def initial_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What schedules multiply: each group's lr and, for K-FAC, damping."""
+    return [{"lr": group["lr"], "damping": group.get("damping")} for group in optimizer.param_groups]

@@ -1,0 +1,167 @@
+"""What a search may choose, declared before any run: one space for each optimizer, the same for every task.
+
+Each space names its first setting, a known reasonable point, so that a search never ends below it. All share the
+schedule family. A range is a number's; when the winner of the first part of a search sits at its edge,
+`Space.widened` moves that edge.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.schedules import SHAPES
+
+EDGE = 0.05  # share of a range, on its own scale, that counts as its edge
+STEP_BEYOND = 0.15  # share of the old range by which the first setting after a widening lies beyond the old edge
+Side = Literal["low", "high"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number in [low, high].
+
+    `log` draws its logarithm evenly, `below_one` the logarithm of 1 - x (a momentum, a decay). `floor` and `ceiling`
+    are what a widening never passes.
+    """
+
+    low: float
+    high: float
+    log: bool = True
+    below_one: bool = False
+    floor: float = 0.0
+    ceiling: float = math.inf
+
+    def position(self, value: float) -> float:
+        """Where `value` lies in the range: 0 at low, 1 at high, on the scale it is drawn on."""
+        low, high, at = (self._scale(x) for x in (self.low, self.high, value))
+        return (at - low) / (high - low)
+
+    def value(self, position: float) -> float:
+        low, high = self._scale(self.low), self._scale(self.high)
+        at = low + position * (high - low)
+        if self.below_one:
+            return 1 - math.exp(-at)
+        return math.exp(at) if self.log else at
+
+    def edge(self, value: float) -> Side | None:
+        position = self.position(value)
+        return "low" if position <= EDGE else "high" if position >= 1 - EDGE else None
+
+    def widened(self, side: Side) -> Range:
+        """Half as long again on `side`, at most to the floor or the ceiling."""
+        if side == "low":
+            return replace(self, low=max(self.value(-0.5), self.floor))
+        return replace(self, high=min(self.value(1.5), self.ceiling))
+
+    def beyond(self, side: Side) -> float:
+        """A value a little past the edge, clipped to the floor and the ceiling."""
+        past = self.value(-STEP_BEYOND if side == "low" else 1 + STEP_BEYOND)
+        return min(max(past, self.floor), self.ceiling)
+
+    def describe(self) -> str:
+        scale = "log of 1 - x" if self.below_one else "log" if self.log else "linear"
+        return f"{self.low:g} to {self.high:g} ({scale})"
+
+    def _scale(self, x: float) -> float:
+        if self.below_one:
+            return -math.log(1 - x)
+        return math.log(x) if self.log else x
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few values."""
+
+    values: tuple[Any, ...]
+
+    def describe(self) -> str:
+        return "one of " + ", ".join(str(value) for value in self.values)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Names and what each may be; `first` is the setting that is tried first."""
+
+    parameters: dict[str, Range | Choice]
+    first: dict[str, Any]
+
+    def edges(self, setting: dict[str, Any]) -> dict[str, Side]:
+        """The ranges at whose edge `setting` sits, an edge at a floor or a ceiling left out: nothing lies beyond."""
+        found: dict[str, Side] = {}
+        for name, parameter in self.parameters.items():
+            side = parameter.edge(setting[name]) if isinstance(parameter, Range) else None
+            if isinstance(parameter, Range) and side is not None and parameter.beyond(side) != getattr(parameter, side):
+                found[name] = side
+        return found
+
+    def widened(self, edges: dict[str, Side]) -> Space:
+        parameters = dict(self.parameters)
+        for name, side in edges.items():
+            parameter = parameters[name]
+            if isinstance(parameter, Range):
+                parameters[name] = parameter.widened(side)
+        return replace(self, parameters=parameters)
+
+    def beyond(self, setting: dict[str, Any], edges: dict[str, Side]) -> dict[str, Any]:
+        """`setting` with every number at an edge moved a little past it."""
+        moved = dict(setting)
+        for name, side in edges.items():
+            parameter = self.parameters[name]
+            if isinstance(parameter, Range):
+                moved[name] = parameter.beyond(side)
+        return moved
+
+    def describe(self) -> dict[str, str]:
+        return {name: parameter.describe() for name, parameter in self.parameters.items()}
+
+
+SCHEDULE: dict[str, Range | Choice] = {"schedule": Choice(SHAPES), "warmup": Choice((0.0, 0.05))}
+SCHEDULE_FIRST = {"schedule": "linear", "warmup": 0.05}
+MOMENTUM = Range(0.8, 0.99, below_one=True, ceiling=0.999)
+
+SPACES = {
+    "sgd": Space(
+        {"lr": Range(1e-4, 1.0), "momentum": MOMENTUM, "weight_decay": Choice((0.0, 1e-5)), **SCHEDULE},
+        {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.0, **SCHEDULE_FIRST},
+    ),
+    "adamw": Space(
+        {
+            "lr": Range(1e-4, 1e-1),
+            "beta1": MOMENTUM,
+            "beta2": Range(0.9, 0.9999, below_one=True, ceiling=0.99999),
+            "weight_decay": Choice((0.0, 1e-2)),
+            **SCHEDULE,
+        },
+        {"lr": 2e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, **SCHEDULE_FIRST},
+    ),
+    "kfac": Space(
+        {
+            "lr": Range(1e-2, 1.0),
+            "damping": Range(1e-2, 30.0),
+            "damping_end": Range(1e-3, 1.0, ceiling=1.0),
+            "momentum": MOMENTUM,
+            "kl_clip": Range(1e-2, 10.0),
+            "inverse_interval": Choice((5, 20)),
+            **SCHEDULE,
+        },
+        {
+            "lr": 0.3,
+            "damping": 1.0,
+            "damping_end": 0.01,
+            "momentum": 0.9,
+            "kl_clip": 1.0,
+            "inverse_interval": 20,
+            **SCHEDULE_FIRST,
+        },
+    ),
+}
+
+
+def find_space(optimizer: str) -> Space:
+    """Raises: Mistake: the optimizer is not tuned."""
+    if optimizer not in SPACES:
+        raise Mistake(f"optimizer {optimizer!r} has no search space: one of {', '.join(SPACES)}")
+    return SPACES[optimizer]
