@@ -15,6 +15,7 @@ never varies between runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -107,8 +108,7 @@ def without_sync(F: Tensor, X: Tensor, alpha: Tensor, beta: Tensor, bias: bool) 
 # needs eight warps, and in tf32x3 on sm_80 at most 16 terms at a time). No timing on a device stands behind them.
 TILES = {
     "half": (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 32, 4, 3)),
-    "float32": (Tile(128, 16, 8, 4), Tile(64, 32, 4, 3), Tile(32, 32, 4, 3)),
-    "float32, no unit column stride": (Tile(64, 32, 4, 3), Tile(32, 32, 4, 3)),
+    "float32": (Tile(128, 16, 8, 4), Tile(64, 32, 4, 3), Tile(32, 16, 4, 4)),
 }
 
 
@@ -216,15 +216,15 @@ def _programs(batch: int, d: int, bias: bool, block: int) -> int:
     return batch * (side * (side + 1) // 2 + (side if bias else 0))
 
 
-def _kind(X: Tensor) -> str:
-    if X.dtype in (torch.float16, torch.bfloat16):
-        return "half"
-    return "float32" if X.stride(-1) == 1 else "float32, no unit column stride"
+def _tiles(X: Tensor) -> Sequence[Tile]:
+    """What X may use: where its rows are not contiguous, addresses take too many registers for the largest tile."""
+    tiles = TILES["half" if X.dtype in (torch.float16, torch.bfloat16) else "float32"]
+    return tiles if X.stride(-1) == 1 else tiles[1:]
 
 
 def _choose(F: Tensor, X: Tensor) -> tuple[Tile, bool]:
     batch, d = F[..., 0, 0].numel(), X.shape[-1]
-    return largest_filling(fitting(TILES[_kind(X)], d), lambda tile: _programs(batch, d, False, tile.block), F.device)
+    return largest_filling(fitting(_tiles(X), d), lambda tile: _programs(batch, d, False, tile.block), F.device)
 
 
 def launch(

@@ -105,6 +105,8 @@ def fallback_ratio(fallback_lr: float | None, lr: float | Tensor) -> float:
 def check_parameters(parameters: list[nn.Parameter], model: nn.Module) -> None:
     """Raises where K-FAC cannot train these parameters with this model."""
     known = {id(p) for p in model.parameters()}
+    if len(set(parameters)) < len(parameters):
+        raise ValueError("params holds a parameter more than once; each must stand in one group, once")
     for p in parameters:
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError("the model has a lazy parameter without a shape; call the model once before KFAC(model)")

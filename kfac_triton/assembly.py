@@ -62,7 +62,7 @@ def _add_block(
             grads.append(absent)
             buffers.append(absent)
             continue
-        values.append(p.data)
+        values.append(p)
         grads.append(p.grad)
         buffers.append(_momentum_buffer(optimizer, p) if momentum else p.new_empty(0))
 
@@ -85,7 +85,7 @@ def _add_fallback(fallback: Fallback, optimizer: torch.optim.Optimizer, p: nn.Pa
         state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         state["fallback_step"] = torch.zeros((), dtype=torch.float32, device=p.device)
     assert p.grad is not None
-    fallback.parameters.append(p.data)
+    fallback.parameters.append(p)
     fallback.grads.append(p.grad)
     fallback.exp_avgs.append(state["exp_avg"])
     fallback.exp_avg_sqs.append(state["exp_avg_sq"])
@@ -103,8 +103,8 @@ def _hyper(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], uns
             value = group[names[0]]
             for name in names[1:]:
                 value = value * group[name]
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-            values.append(tensor.detach().to(device, dtype))
+            tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+            values.append(tensor.to(device, dtype))
         return values
 
     return Hyper(

@@ -42,20 +42,65 @@ class Autocast(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What one call of the root received, by reference, with the autocast states of that moment."""
+    """What one call of the root received, by reference, with the autocast states of that moment.
+
+    `note` is whatever the keeper's `on_forward` returned for this pass.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: tuple[Autocast, ...]
+    note: Any = None
 
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
 
-class RootInputs:
+class _OwnPass:
+    """Whether a pass of K-FAC's own is running, in which no optimizer keeps inputs."""
+
+    running = False
+
+
+class _Hooks:
+    """Hooks that a copy of the model must not inherit: a copied or unpickled keeper is inert until swept away."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+        self.inert = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert, (type(self),)
+
+    def close(self) -> None:
+        """Remove every hook."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+def _inert(kind: type[_Hooks]) -> _Hooks:
+    hooks = kind.__new__(kind)
+    _Hooks.__init__(hooks)
+    hooks.inert = True
+    return hooks
+
+
+def sweep_inert(module: nn.Module) -> None:
+    """Removes from a copied model the inert hooks of the optimizer of its original."""
+    for child in module.modules():
+        for hooks in (child._forward_pre_hooks, child._forward_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(getattr(hook, "__self__", None), "inert", False)]:
+                del hooks[key]
+                for flags in (child._forward_hooks_with_kwargs, child._forward_pre_hooks_with_kwargs):
+                    flags.pop(key, None)
+
+
+class RootInputs(_Hooks):
     """Keeps the inputs of the training passes of `module` until they are taken.
 
-    Only calls in training mode with gradients enabled count, and only those whose backward pass reached a parameter.
+    Only calls in training mode with gradients enabled count, and only those whose backward pass came: the gradient of
+    the outputs says so, or in a compiled model, where outputs carry no hooks, the first gradient of a parameter.
     """
 
     def __init__(
@@ -63,60 +108,77 @@ class RootInputs:
         module: nn.Module,
         parameters: Iterable[nn.Parameter],
         device_types: Iterable[str],
-        on_batch: Callable[[], None] | None = None,
+        on_forward: Callable[[], Any] | None = None,
     ) -> None:
-        """`on_batch` is called whenever a pass has been kept, after the first gradient of its backward pass arrived."""
-        self.paused = False
-        self._on_batch = on_batch
-        self.last: Inputs | None = None
-        self.pending: list[Inputs] = []
+        super().__init__()
+        self._on_forward = on_forward
+        self._entered: Inputs | None = None
+        self._compiled: Inputs | None = None
+        self._untracked: list[Inputs] = []
         self._device_types = tuple(sorted(set(device_types)))
         self._kept: list[tuple[Inputs, tuple[int, ...]]] = []
         self._bytes = 0
-        self._module = module
         self._full = False
-        self._handles: list[Any] = [
-            module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        self._watched: set[nn.Parameter] = set()
+        self.handles += [
+            module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
         self.watch(parameters)
 
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
         """Notice backward passes by these parameters too."""
-        self._handles += [
-            p.register_post_accumulate_grad_hook(self._after_backward) for p in parameters if p.requires_grad
-        ]
+        for p in parameters:
+            if p.requires_grad and p not in self._watched:
+                self._watched.add(p)
+                self.handles.append(p.register_post_accumulate_grad_hook(self._after_backward))
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.paused or not module.training or not torch.is_grad_enabled():
+        if self.inert or _OwnPass.running or not module.training or not torch.is_grad_enabled():
             return
         autocast = tuple(
             Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in self._device_types
         )
-        inputs = Inputs(args, kwargs, autocast)
+        note = None if self._on_forward is None else self._on_forward()
         if torch.compiler.is_compiling():
-            self.last = inputs
+            self._compiled = Inputs(args, kwargs, autocast, note)
         else:
-            self.pending.append(inputs)
+            self._entered = Inputs(args, kwargs, autocast, note)
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
+        if torch.compiler.is_compiling() or self.inert or self._entered is None:
+            return
+        inputs, self._entered = self._entered, None
+        tensors = [t for t in _output_tensors(returned) if t.requires_grad]
+        for t in tensors:
+            t.register_hook(lambda grad: self._keep(inputs))
+        if not tensors:
+            self._untracked.append(inputs)
 
     def _after_backward(self, parameter: Tensor) -> None:
-        if self.last is not None:
-            self.pending.append(self.last)
-            self.last = None
-        for inputs in self.pending:
-            size = sum(t.nbytes for t in inputs.tensors())
-            if self._kept and self._bytes + size > MAX_KEPT_BYTES:
-                if not self._full:
-                    log.warning(
-                        "inputs of one step exceed %d bytes; the later ones stay out of the factors", MAX_KEPT_BYTES
-                    )
-                self._full = True
-                continue
-            self._bytes += size
-            self._kept.append((inputs, _versions(inputs)))
-            if self._on_batch is not None:
-                self._on_batch()
-        self.pending.clear()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Keeps the passes whose outputs tell nothing of their backward pass."""
+        if self._compiled is not None:
+            self._untracked.append(self._compiled)
+            self._compiled = None
+        for inputs in self._untracked:
+            self._keep(inputs)
+        self._untracked.clear()
+
+    def _keep(self, inputs: Inputs) -> None:
+        size = sum(t.nbytes for t in inputs.tensors())
+        if any(kept is inputs for kept, _ in self._kept):
+            return
+        if self._kept and self._bytes + size > MAX_KEPT_BYTES:
+            if not self._full:
+                log.warning("a step's inputs exceed %d bytes; the later ones stay out of the factors", MAX_KEPT_BYTES)
+            self._full = True
+            return
+        self._bytes += size
+        self._kept.append((inputs, _versions(inputs)))
 
     def take(self) -> list[Inputs]:
         """The inputs of the passes since the last call, which are then forgotten.
@@ -124,8 +186,10 @@ class RootInputs:
         Raises:
             RuntimeError: a kept input was written to after its forward pass.
         """
-        kept, self._kept, self._bytes = self._kept, [], 0
-        self.pending.clear()
+        if not self._kept:
+            self._flush()
+        kept = self._kept
+        self.forget()
         for inputs, versions in kept:
             if _versions(inputs) != versions:
                 raise RuntimeError(
@@ -140,12 +204,19 @@ class RootInputs:
 
     def close(self) -> None:
         """Remove every hook."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.pending.clear()
-        self.last = None
+        super().close()
+        self._untracked.clear()
+        self._entered = self._compiled = None
         self.forget()
+
+
+def _output_tensors(returned: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returned, also in the attributes of an object of no known kind."""
+    for leaf in tree_leaves(returned):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__"):
+            yield from (value for value in vars(leaf).values() if isinstance(value, Tensor))
 
 
 def _versions(inputs: Inputs) -> tuple[int, ...]:
@@ -303,36 +374,41 @@ class _Tap(torch.autograd.Function):
         return dys[0], None, None
 
 
-class ModuleTaps:
+class ModuleTaps(_Hooks):
     """Taps in the user's own passes, for modules of type Linear, Conv1d and Conv2d whose weight is a parameter.
 
-    `on_use(use, dy)` is called in the backward pass, once for each use, also under activation checkpointing;
-    `on_output(returned)` with what the root returned. Both may be traced by torch.compile.
+    `on_use(use)` is called in the forward pass and returns what receives dy in the backward pass, once for each use,
+    also under activation checkpointing; `on_output(inputs, returned)` with what the root returned. All may be traced by
+    torch.compile. The output projection of attention is left out, since its module is never called.
     """
 
     def __init__(
         self,
         module: nn.Module,
         parameters: Iterable[nn.Parameter],
-        on_use: Callable[[Use, Tensor], None],
+        on_use: Callable[[nn.Module], Callable[[Tensor, Tensor], None]],
         on_output: Callable[[Inputs, Any], None],
     ) -> None:
+        super().__init__()
         self.weights: dict[nn.Parameter, nn.Module] = {}
         self._root = module
         self._on_use, self._on_output = on_use, on_output
         known = set(parameters)
-        self._handles: list[Any] = [module.register_forward_hook(self._after_root, with_kwargs=True)]
+        self.handles.append(module.register_forward_hook(self._after_root, with_kwargs=True))
         tapped = (nn.Linear, nn.Conv1d, nn.Conv2d)
+        unheard = {child.out_proj for child in module.modules() if isinstance(child, nn.MultiheadAttention)}
         elsewhere = {
             p for child in module.modules() if not isinstance(child, tapped) for p in child.parameters(recurse=False)
         }
         for child in module.modules():
+            if child in unheard:
+                continue
             if isinstance(child, tapped) and child.weight in known and child.weight not in elsewhere:
                 self.weights.setdefault(cast(nn.Parameter, child.weight), child)
-                self._handles.append(child.register_forward_hook(self._after_layer))
+                self.handles.append(child.register_forward_hook(self._after_layer))
 
     def _live(self) -> bool:
-        return self._root.training and torch.is_grad_enabled()
+        return not self.inert and not _OwnPass.running and self._root.training and torch.is_grad_enabled()
 
     def _after_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         if self._live():
@@ -341,18 +417,8 @@ class ModuleTaps:
     def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         if not self._live() or not y.requires_grad:
             return None
-
-        def seen(x: Tensor, dy: Tensor) -> None:
-            self._on_use(module_use(module, x), dy)
-
-        tapped: Tensor = _Tap.apply(y, args[0], seen)
+        tapped: Tensor = _Tap.apply(y, args[0], self._on_use(module))
         return tapped
-
-    def close(self) -> None:
-        """Remove every hook."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
 
 def module_use(module: nn.Module, x: Tensor) -> Use:
@@ -385,6 +451,7 @@ def bare_pass(inputs: Inputs, device: torch.device, seed: int) -> Iterator[None]
     """
     devices = [device] if device.type == "cuda" else []
     with (
+        mock.patch.object(_OwnPass, "running", True),
         torch.compiler.set_stance("force_eager"),
         torch.random.fork_rng(devices),
         torch.enable_grad(),

@@ -20,6 +20,9 @@ def check_compatible(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, 
         raise ValueError(
             f"the state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: another model's"
         )
+    lacking = next((name for group in saved for name in ("damping", "step") if name not in group), None)
+    if lacking is not None:
+        raise ValueError(f"the state has a group without {lacking!r}: it is not one of KFAC")
     for p, stored in _pairs(optimizer, state_dict):
         shapes = {name: t for name, t in stored.items() if name in ("momentum_buffer", "exp_avg", "exp_avg_sq")}
         wrong = next((t for t in shapes.values() if t.shape != p.shape), None)

@@ -18,7 +18,7 @@ from kfac_triton import distributed
 from kfac_triton.approximations import kronecker
 from kfac_triton.arguments import Settings
 from kfac_triton.blocks.layout import Layout
-from kfac_triton.capture import Inputs, RootInputs
+from kfac_triton.capture import Inputs, RootInputs, sweep_inert
 from kfac_triton.empirical import EmpiricalSums
 from kfac_triton.fisher import FisherPass
 from kfac_triton.statistics import block_layout, joint_biases, limited, weight_statistics
@@ -63,14 +63,21 @@ class Curvature:
                 settings.factor_fraction,
                 settings.seed,
             )
-        on_batch = None if self._sums is None else self._sums.count_batch
-        self.root = RootInputs(module, parameters, {"cpu", *(p.device.type for p in parameters)}, on_batch)
+        sweep_inert(module)
+        on_forward = None if self._sums is None else self._sums.begin
+        self.root = RootInputs(module, parameters, {"cpu", *(p.device.type for p in parameters)}, on_forward)
 
     def close(self) -> None:
         """Remove every hook."""
         self.root.close()
         if self._sums is not None:
             self._sums.close()
+
+    def extend(self, parameters: list[nn.Parameter]) -> None:
+        """Takes in the parameters of a new group; `parameters` are all there are."""
+        self.root.watch(parameters)
+        if self._sums is not None:
+            self._sums.extend(parameters)
 
     def forget(self) -> None:
         """Drop what was kept for a step that does not come."""
@@ -134,10 +141,10 @@ class Curvature:
     ) -> dict[nn.Parameter, kronecker.Statistics]:
         if self._pass is None:
             assert self._sums is not None
-            statistics = self._sums.take(unscale)
+            statistics = self._sums.take(kept, unscale)
             self._note_reasons({}, parameters, statistics)
             return statistics
-        seen = self._pass.run(kept, self.root, parameters, update)
+        seen = self._pass.run(kept, parameters, update)
         known = set(parameters)
         uses = {w: u for w, u in seen.uses.items() if w not in seen.unsupported}
         joint, refused = joint_biases(seen, known)
@@ -204,15 +211,20 @@ class Curvature:
             self._said.add(name + message)
             log.warning("%s: %s", name, message)
 
-    def coverage(self, parameters: Iterable[nn.Parameter]) -> dict[str, str]:
-        """{parameter name: block name}; "fallback" without one. Before the first pass, what the modules promise."""
-        blocks = self.blocks if self.observed else self.expected()
+    def known_blocks(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Block]:
+        """The blocks of these parameters; before the first pass those that the modules' types promise."""
+        return self.blocks if self.observed else self._expected(set(parameters))
+
+    def coverage(self, parameters: list[nn.Parameter]) -> dict[str, str]:
+        """{parameter name: block name}, "fallback" without one."""
+        blocks = self.known_blocks(parameters)
         names = {w: b.layout.name for w, b in blocks.items()}
         names |= {b.bias: b.layout.name for b in blocks.values() if b.bias is not None}
         return {self.names[p]: names.get(p, "fallback") for p in parameters}
 
-    def expected(self) -> dict[nn.Parameter, Block]:
-        """Blocks by module type, for estimates before the first pass."""
+    def _expected(self, known: set[nn.Parameter]) -> dict[nn.Parameter, Block]:
+        if self._sums is not None:
+            return {weight: Block(layout, bias) for weight, (layout, bias) in self._sums.layouts().items()}
         blocks: dict[nn.Parameter, Block] = {}
         for module in self.module.modules():
             operation, groups = "linear", 1
@@ -226,11 +238,11 @@ class Curvature:
                 weight, bias = module.in_proj_weight, module.in_proj_bias
             else:
                 continue
-            layout = limited(
-                Layout(operation, groups=groups, bias=bias is not None), weight, self.settings.max_factor_dim
-            )
-            blocks[cast(nn.Parameter, weight)] = Block(layout, cast("nn.Parameter | None", bias))
-        return {w: b for w, b in blocks.items() if w in self.names and w.requires_grad}
+            if weight in known and weight.requires_grad:
+                own = cast("nn.Parameter | None", bias if bias in known else None)
+                layout = Layout(operation, groups=groups, bias=own is not None)
+                blocks[cast(nn.Parameter, weight)] = Block(limited(layout, weight, self.settings.max_factor_dim), own)
+        return blocks
 
 
 def inverse_due(step: int, interval: int) -> bool:

@@ -6,6 +6,8 @@ multiplied by a GradScaler's s, the gradient of the summed nll is g = dy * L * k
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from kfac_triton.approximations.kronecker import Statistics, factor_dtype
 from kfac_triton.arguments import Settings
 from kfac_triton.blocks.layout import Layout
 from kfac_triton.blocks.use import Use
-from kfac_triton.capture import Inputs, ModuleTaps, Recorded
+from kfac_triton.capture import Inputs, ModuleTaps, Recorded, module_use
 from kfac_triton.fisher import SeenUse, counted_terms, tensor_of_outputs
 from kfac_triton.likelihoods import Categorical
 from kfac_triton.statistics import limited, weight_statistics
@@ -35,36 +37,70 @@ class _Sums:
         self.rows = torch.zeros((), dtype=torch.float64, device=weight.device)
 
 
+class _Pass:
+    """One forward pass of the user's: its loss terms (0-d), and with a mask which of them count (bool, flat)."""
+
+    def __init__(self, terms: Tensor) -> None:
+        self.terms = terms
+        self.counted: Tensor | None = None
+
+
 class EmpiricalSums:
     """Collects the sums of every tapped weight until `take`."""
 
     def __init__(self, module: nn.Module, parameters: list[nn.Parameter], settings: Settings) -> None:
+        self._module = module
         self._settings = settings
         self._likelihood = settings.likelihood or Categorical()
-        known = set(parameters)
-        self._taps = ModuleTaps(module, parameters, self._add, self._note_terms)
-        self._sums = {w: _Sums(m, w, known, settings.max_factor_dim) for w, m in self._taps.weights.items()}
-        device = parameters[0].device
-        self._terms = torch.zeros((), dtype=torch.float64, device=device)
-        self._total_terms = torch.zeros_like(self._terms)
-        self._batches = 0
+        device = parameters[0].device if parameters else torch.device("cpu")
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._pass = _Pass(self._zero)
         self._one = torch.ones((), device=device)
+        self._sums: dict[nn.Parameter, _Sums] = {}
+        self._taps = self._tapped(parameters)
+
+    def _tapped(self, parameters: list[nn.Parameter]) -> ModuleTaps:
+        taps = ModuleTaps(self._module, parameters, self._use, self._note_terms)
+        known = set(parameters)
+        self._sums = {w: _Sums(m, w, known, self._settings.max_factor_dim) for w, m in taps.weights.items()}
+        return taps
+
+    def extend(self, parameters: list[nn.Parameter]) -> None:
+        """Taps the layers of new parameters too; `parameters` are all there are."""
+        self._taps.close()
+        self._taps = self._tapped(parameters)
+
+    def layouts(self) -> dict[nn.Parameter, tuple[Layout, nn.Parameter | None]]:
+        """Layout and bias of every tapped weight."""
+        return {weight: (sums.layout, sums.bias) for weight, sums in self._sums.items()}
+
+    def begin(self) -> _Pass:
+        """A forward pass begins."""
+        self._pass = _Pass(self._zero)
+        return self._pass
 
     def _note_terms(self, inputs: Inputs, returned: object) -> None:
         z = tensor_of_outputs(returned, self._settings.output).detach()
         terms = self._likelihood.terms_last(z)
         if self._settings.mask is None:
-            self._terms.fill_(terms.numel() // terms.shape[-1])
+            self._pass.terms = self._zero + terms.numel() // terms.shape[-1]
         else:
-            self._terms.copy_(counted_terms(self._settings.mask, inputs, z, terms).sum())
+            self._pass.counted = counted_terms(self._settings.mask, inputs, z, terms).flatten()
+            self._pass.terms = self._pass.counted.sum().to(self._zero.dtype)
 
-    def _add(self, use: Use, dy: Tensor) -> None:
-        weight = use.weight.parameter
-        sums = self._sums[weight]
-        gradient = dy.to(sums.G.dtype) * self._terms.to(sums.G.dtype)
-        seen = SeenUse(Recorded(use, None, dy.shape), [gradient], 0, use.x.shape[0])
+    def _use(self, module: nn.Module) -> Callable[[Tensor, Tensor], None]:
+        forward = self._pass
+
+        def seen(x: Tensor, dy: Tensor) -> None:
+            self._add(module_use(module, x), dy, forward)
+
+        return seen
+
+    def _add(self, use: Use, dy: Tensor, forward: _Pass) -> None:
+        sums = self._sums[use.weight.parameter]
+        gradient = dy.to(sums.G.dtype) * forward.terms.to(sums.G.dtype)
         rows = weight_statistics(
-            [seen],
+            [SeenUse(Recorded(use, None, dy.shape), [gradient], 0, use.x.shape[0], forward.counted)],
             sums.layout,
             sums.bias,
             1,
@@ -76,22 +112,18 @@ class EmpiricalSums:
         factors.accumulate_(sums.G, rows.g, one, one, bias=False, diagonal=layout.diagonal_G)
         sums.rows.add_(rows.rows)
 
-    def count_batch(self) -> None:
-        """One more batch went through its backward pass."""
-        self._batches += 1
-        self._total_terms.add_(self._terms)
-
-    def take(self, unscale: float | Tensor) -> dict[nn.Parameter, Statistics]:
-        """The statistics since the last call; `unscale` is 1 / s of the GradScaler."""
-        scale = (self._batches / self._settings.loss_scale * unscale) ** 2
+    def take(self, kept: list[Inputs], unscale: float | Tensor) -> dict[nn.Parameter, Statistics]:
+        """The statistics since the last call, from the passes `kept`; `unscale` is 1 / s of the GradScaler."""
+        scale = (len(kept) / self._settings.loss_scale * unscale) ** 2
+        terms = torch.stack([inputs.note.terms for inputs in kept]).sum()
         statistics = {
             weight: Statistics(
                 sums.layout,
                 sums.bias,
                 [],
                 [],
-                self._total_terms.to(sums.A.dtype).clone(),
-                sums.rows.to(sums.G.dtype).clone(),
+                terms.to(sums.A.dtype),
+                sums.rows.to(sums.G.dtype, copy=True),
                 ones=False,
                 sums=(sums.A.clone(), sums.G * scale),
             )
@@ -103,8 +135,6 @@ class EmpiricalSums:
 
     def clear(self) -> None:
         """Forget what was summed."""
-        self._batches = 0
-        self._total_terms.zero_()
         for sums in self._sums.values():
             for total in (sums.A, sums.G, sums.rows):
                 total.zero_()

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from kfac_triton import distributed
-from kfac_triton.capture import Inputs, Recorded, RootInputs, UseRecorder, bare_pass
+from kfac_triton.capture import Inputs, Recorded, UseRecorder, bare_pass
 from kfac_triton.likelihoods import Likelihood
 
 log = logging.getLogger("kfac_triton")
@@ -28,12 +28,16 @@ MIN_SAMPLES = 64
 
 @dataclass
 class SeenUse:
-    """One use of a weight, the gradients of its output (one for each backward pass), its batch and examples in that."""
+    """One use of a weight, the gradients of its output (one for each backward pass), its batch and examples in that.
+
+    `counted`: with a mask, whether each loss term of the batch counts, bool (terms,).
+    """
 
     recorded: Recorded
     dys: list[Tensor]
     batch: int
     examples: int
+    counted: Tensor | None = None
 
 
 @dataclass
@@ -104,17 +108,13 @@ class FisherPass:
     seed: int
     _warned: set[str] = field(default_factory=set)
 
-    def run(self, kept: list[Inputs], root: RootInputs, parameters: list[nn.Parameter], update: int) -> Seen:
+    def run(self, kept: list[Inputs], parameters: list[nn.Parameter], update: int) -> Seen:
         """`update`: the number of this factor update; with `seed` it decides samples, dropout and the part used."""
         seen = Seen()
-        root.paused = True
-        try:
-            for number, inputs in enumerate(kept):
-                seed = _mixed_seed(self.seed, update, number + (distributed.rank() << 32))
-                with bare_pass(inputs, parameters[0].device, seed):
-                    self._one_batch(inputs, parameters, update, seed, number, seen)
-        finally:
-            root.paused = False
+        for number, inputs in enumerate(kept):
+            seed = _mixed_seed(self.seed, update, number + (distributed.rank() << 32))
+            with bare_pass(inputs, parameters[0].device, seed):
+                self._one_batch(inputs, parameters, update, seed, number, seen)
         return seen
 
     def _one_batch(
@@ -142,9 +142,10 @@ class FisherPass:
                 if dy is not None:
                     into.append(dy)
         examples = _batch_size(inputs)
+        counted = None if valid is None else valid.flatten()
         for (weight, r), gradients in zip(recorded, dys, strict=True):
             if gradients:
-                seen.uses.setdefault(weight, []).append(SeenUse(r, gradients, number, examples))
+                seen.uses.setdefault(weight, []).append(SeenUse(r, gradients, number, examples, counted))
 
     def _directions(self, terms: Tensor, seed: int) -> Iterator[Tensor]:
         """What to back-propagate from the outputs `terms` (N, ..., C): the gradients of the summed nll.

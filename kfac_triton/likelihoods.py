@@ -63,7 +63,9 @@ class Categorical(Likelihood):
 
     def sampled_gradient(self, z: Tensor, generator: Generator) -> Tensor:
         p = torch.softmax(z, dim=-1)
-        drawn = torch.multinomial(p.flatten(0, -2) if p.dim() > 1 else p[None], 1, generator=generator)
+        # torch refuses to draw from, or asserts on, probabilities that are not finite; the gradient keeps them
+        rows = torch.nan_to_num(p, nan=1.0).flatten(0, -2) if p.dim() > 1 else torch.nan_to_num(p, nan=1.0)[None]
+        drawn = torch.multinomial(rows, 1, generator=generator)
         return p - torch.zeros_like(p).scatter_(-1, drawn.reshape(*p.shape[:-1], 1), 1.0)
 
     def fisher_column(self, z: Tensor, c: int) -> Tensor:
@@ -83,7 +85,7 @@ class Bernoulli(Likelihood):
 
     def sampled_gradient(self, z: Tensor, generator: Generator) -> Tensor:
         p = torch.sigmoid(z)
-        return p - torch.bernoulli(p, generator=generator)
+        return p - torch.bernoulli(torch.nan_to_num(p), generator=generator)
 
     def fisher_column(self, z: Tensor, c: int) -> Tensor:
         p = torch.sigmoid(z[..., c])

@@ -65,6 +65,9 @@ class KFAC(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    _curvature: Curvature | None = None
+    _module: nn.Module | None = None
+    _loaded: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -124,8 +127,7 @@ class KFAC(torch.optim.Optimizer):
         }
         arguments.check_group(defaults)
         defaults["fallback_ratio"] = arguments.fallback_ratio(fallback_lr, lr)
-        self._curvature: Curvature | None = None
-        self._module: nn.Module | None = unwrapped(model)
+        self._module = unwrapped(model)
         if params is None:
             params = [p for p in self._module.parameters() if p.requires_grad]
         super().__init__(params, defaults)
@@ -144,8 +146,8 @@ class KFAC(torch.optim.Optimizer):
             ValueError: the model lacks one of the parameters, or has it in another shape.
         """
         module = unwrapped(arguments.checked_model(model))
-        self.close()
         checkpoint.rebind(self, dict(module.named_parameters()), self._names)
+        self.close()
         self._attach(module)
         assert self._curvature is not None
         self._curvature.restore(self.state)
@@ -191,7 +193,7 @@ class KFAC(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if self._curvature is not None:
-            self._curvature.root.watch(group["params"])
+            self._curvature.extend(self._parameters())
             self._names = [self._curvature.names[p] for p in self._parameters()]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -215,6 +217,7 @@ class KFAC(torch.optim.Optimizer):
         parameters = [p for p in self._parameters() if p.grad is not None]
         if any(p.grad is not None and p.grad.is_sparse for p in parameters):
             raise ValueError("KFAC takes no sparse gradients; build the embedding with sparse=False")
+        curvature.root.watch(parameters)
         kept = curvature.root.take()
         unscale, finite = self._scaler_state(parameters)
         if not parameters or (finite.device.type == "cpu" and not bool(finite)):
@@ -225,12 +228,13 @@ class KFAC(torch.optim.Optimizer):
         def group_of(p: nn.Parameter) -> dict[str, Any]:
             return groups[id(p)]
 
-        if any(group["step"] % group["factor_interval"] == 0 for group in map(group_of, parameters)):
-            if not kept:
-                self._check_gradients_are_zero(parameters)
-                return loss
-            trained = [p for p in parameters if p.requires_grad]
+        if not kept:
+            self._check_gradients_are_zero(parameters)
+            return loss
+        trained = [p for p in parameters if p.requires_grad]
+        if any(group["step"] % group["factor_interval"] == 0 for group in map(group_of, trained)):
             curvature.update_factors(kept, self.state, trained, group_of, unscale)
+        curvature.forget()
         curvature.update_inverses(self.state, group_of)
         self._step_function(*assembly.assemble(self, parameters, curvature.blocks, unscale, finite))
         for group in self.param_groups:
@@ -294,7 +298,7 @@ class KFAC(torch.optim.Optimizer):
     def memory_usage(self) -> dict[str, int]:
         """Bytes of the state: factors, inverses, momentum, fallback, total. An estimate before the first step."""
         curvature = self._attached()
-        blocks = curvature.blocks if curvature.observed else curvature.expected()
+        blocks = curvature.known_blocks(self._parameters())
         factors = sum(kronecker.memory(weight, block.layout) for weight, block in blocks.items())
         covered = {*blocks, *(block.bias for block in blocks.values())}
         sizes = {p: p.numel() * p.element_size() for p in self._parameters()}
@@ -313,19 +317,28 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: the state belongs to another model.
         """
-        checkpoint.check_compatible(self, state_dict)
-        super().load_state_dict(state_dict)
-        checkpoint.restore_dtypes(self, state_dict)
-        if self._curvature is not None:
-            self._curvature.restore(self.state)
+        with self.register_load_state_dict_pre_hook(_note_loaded):
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                self._loaded = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_settings": self._settings, "_names": self._names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_curvature", None)
-        self.__dict__.setdefault("_module", None)
+        if self._loaded is not None:
+            checkpoint.restore_dtypes(self, self._loaded)
+        if self._curvature is not None:
+            self._curvature.restore(self.state)
+
+
+def _note_loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """The last of the hooks before loading: notes what comes in before torch casts it to the parameters' dtypes."""
+    assert isinstance(optimizer, KFAC)
+    checkpoint.check_compatible(optimizer, state_dict)
+    optimizer._loaded = state_dict
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

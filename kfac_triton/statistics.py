@@ -1,7 +1,7 @@
 """From uses of a weight to the rows of its factors, for shared weights in either way (Eschenhagen et al. 2023).
 
 expand: every position of every use is a row. reduce: one row an example, a summed and g averaged over its positions.
-Positions that no counted loss term reaches (their gradient is zero in every pass) are left out when a mask is in force.
+With a mask, positions whose loss term does not count and which no gradient reaches are left out.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def weight_statistics(
     for seen in uses:
         rows = seen.recorded.use.a()
         gradients = [seen.recorded.g(dy) for dy in seen.dys]
-        counts = _reached(gradients) if masked else None
+        counts = _reached(gradients, seen.counted) if masked else None
         a.append(rows if counts is None else rows * counts.unsqueeze(-1).to(rows.dtype))
         g += gradients
         count = count + (rows.shape[-2] if counts is None else counts.sum())
@@ -90,10 +90,14 @@ def _homogeneous(seen: SeenUse, rows: Tensor, counts: Tensor | None) -> Tensor:
     return column if counts is None else column * counts.to(rows.dtype)
 
 
-def _reached(gradients: list[Tensor]) -> Tensor:
-    """Rows (n,) with a gradient other than zero in any backward pass (and any group)."""
+def _reached(gradients: list[Tensor], counted: Tensor | None) -> Tensor:
+    """Rows (n,) that count: their own loss term does, or in some backward pass (or group) a gradient reached them.
+
+    Rows and loss terms are the same positions where there are as many of them.
+    """
     reached = torch.stack([(g != 0).any(dim=-1) for g in gradients]).any(dim=0)
-    return reached.any(dim=0) if reached.dim() > 1 else reached
+    reached = reached.any(dim=0) if reached.dim() > 1 else reached
+    return reached | counted if counted is not None and counted.shape == reached.shape else reached
 
 
 def _reduced(
@@ -118,7 +122,7 @@ def _summed(seen: SeenUse, bias: bool, masked: bool) -> tuple[Tensor, list[Tenso
     """Sums over one call's positions: a (N, d_in[+1]), g (N, d_out) for each backward pass, and the positions (N,)."""
     rows = seen.recorded.use.a()
     gradients = [seen.recorded.g(dy) for dy in seen.dys]
-    counts = (_reached(gradients) if masked else rows.new_ones(rows.shape[-2])).to(rows.dtype)
+    counts = (_reached(gradients, seen.counted) if masked else rows.new_ones(rows.shape[-2])).to(rows.dtype)
     if bias:
         rows = torch.cat([rows, _homogeneous(seen, rows, None).unsqueeze(-1)], dim=-1)
     rows = rows * counts.unsqueeze(-1)

@@ -48,8 +48,8 @@ def kfac(model: nn.Module, **options) -> KFAC:
     return KFAC(model, **{**defaults, **options})
 
 
-def train(model: nn.Module, optimizer: KFAC, steps: int = 4) -> None:
-    for step in range(steps):
+def train(model: nn.Module, optimizer: KFAC, steps: int = 4, start: int = 0) -> None:
+    for step in range(start, steps):
         x, y = data(step)
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
@@ -68,6 +68,19 @@ def renamed(tensors: dict) -> dict:
     return {name.replace("_orig_mod.", "").replace("._orig_mod", ""): value for name, value in tensors.items()}
 
 
+def graphs() -> int:
+    """Compiled graphs; torch may call a backend more than once for the same one, so a backend's counter tells less."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def graphs_of_the_first_step(model: nn.Module, optimizer: KFAC) -> int:
+    """Runs four steps."""
+    train(model, optimizer, 1)
+    first = graphs()
+    train(model, optimizer, 4, start=1)
+    return first
+
+
 def graph_breaks() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
@@ -81,23 +94,22 @@ def graph_breaks() -> int:
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_a_compiled_model_is_one_graph_with_the_eager_factors(fisher, order):
     factors, weights = eager_run(fisher=fisher)
-    counter = CompileCounterWithBackend("aot_eager")
     model = network()
     if order == "compiled, then KFAC":
-        called = torch.compile(model, fullgraph=True, backend=counter)
+        called = torch.compile(model, fullgraph=True, backend="aot_eager")
         optimizer = kfac(called, fisher=fisher)
     elif order == "in place":
-        model.compile(fullgraph=True, backend=counter)
+        model.compile(fullgraph=True, backend="aot_eager")
         called = model
         optimizer = kfac(model, fisher=fisher)
     else:
         optimizer = kfac(model, fisher=fisher)
-        called = torch.compile(model, fullgraph=True, backend=counter)
-    train(called, optimizer)
+        called = torch.compile(model, fullgraph=True, backend="aot_eager")
+    first = graphs_of_the_first_step(called, optimizer)
     torch.testing.assert_close(optimizer.factors(), factors, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(model.state_dict(), weights, rtol=1e-5, atol=1e-7)
     # One graph over four steps: no break, no recompilation, and none for K-FAC's own passes.
-    assert counter.frame_count == 1
+    assert first == graphs() == 1
     assert graph_breaks() == 0
 
 
@@ -105,18 +117,17 @@ def test_a_compiled_model_is_one_graph_with_the_eager_factors(fisher, order):
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_blocks_compiled_one_by_one(fisher, how):
     factors, weights = eager_run(fisher=fisher)
-    counter = CompileCounterWithBackend("aot_eager")
     model = network()
     for i in range(2):
         if how == "wrapped":
-            model[i] = torch.compile(model[i], fullgraph=True, backend=counter)
+            model[i] = torch.compile(model[i], fullgraph=True, backend="aot_eager")
         else:
-            model[i].compile(fullgraph=True, backend=counter)
+            model[i].compile(fullgraph=True, backend="aot_eager")
     optimizer = kfac(model, fisher=fisher)
-    train(model, optimizer)
+    first = graphs_of_the_first_step(model, optimizer)
     torch.testing.assert_close(renamed(optimizer.factors()), factors, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(renamed(model.state_dict()), dict(weights), rtol=1e-5, atol=1e-7)
-    assert counter.frame_count == 2
+    assert first == graphs() == 2
     assert graph_breaks() == 0
 
 
@@ -189,21 +200,33 @@ def test_dropout_and_autocast_in_a_compiled_model():
 
 
 @pytest.mark.parametrize("fisher", FISHERS)
-@pytest.mark.parametrize("how", ["wrapped", "in place"])
-def test_a_model_that_ran_compiled_before_kfac_is_refused(fisher, how):
-    """Compiled code ignores hooks that came after it: say so, rather than train without curvature."""
+@pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
+def test_a_model_that_ran_compiled_before_kfac_is_refused_or_right(fisher, how):
+    """Where compiled code ignores hooks that came after it: say so, rather than train without curvature."""
+    x, y = data(0)
+    reference = network()
+    expected = kfac(reference, fisher=fisher)
+    train(reference, expected, 1)
     model = network()
+    called: nn.Module = model
     if how == "wrapped":
-        called = torch.compile(model, backend="eager")
+        called = torch.compile(model, backend="aot_eager")
+    elif how == "in place":
+        model.compile(backend="aot_eager")
     else:
-        model.compile(backend="eager")
-        called = model
-    x, y = data()
-    called(x)
-    optimizer = kfac(called, fisher=fisher)
+        model[0].compile(backend="aot_eager")
     F.cross_entropy(called(x), y).backward()
-    with pytest.raises(RuntimeError, match=r"(?s)saw no call.*torch.compile before KFAC"):
+    optimizer = kfac(called, fisher=fisher)
+    optimizer.zero_grad()
+    F.cross_entropy(called(x), y).backward()
+    try:
         optimizer.step()
+    except RuntimeError as error:
+        assert "before KFAC" in str(error) and "compile" in str(error)
+        assert how == "wrapped" or fisher == "empirical"
+    else:
+        assert how != "wrapped"
+        torch.testing.assert_close(optimizer.factors(), expected.factors(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -256,14 +279,13 @@ def test_compilation_is_timed(counter):
 
 
 @pytest.mark.parametrize("tensor", [False, True])
-def test_changing_hyper_parameters_never_recompiles(counter, tensor, monkeypatch):
+def test_changing_hyper_parameters_never_recompiles(counter, tensor):
     model, reference = network(), network()
     lr = torch.tensor(0.05) if tensor else 0.05
     optimizers = [kfac(model, compile=True, **HYPER, lr=lr), kfac(reference, **HYPER, lr=copy.deepcopy(lr))]
     for optimizer, net in zip(optimizers, (model, reference), strict=True):
         train(net, optimizer, 1)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    for step in range(1, 13):
+    for step in range(1, 6):
         for optimizer, net in zip(optimizers, (model, reference), strict=True):
             group = optimizer.param_groups[0]
             group["lr"] = lr * 0.9**step if tensor else 0.05 * 0.9**step
@@ -271,20 +293,21 @@ def test_changing_hyper_parameters_never_recompiles(counter, tensor, monkeypatch
             group["damping"] = 0.1 / step
             group["weight_decay"] = 0.1 / step
             group["kl_clip"] = 1e-2 * step
-            train(net, optimizer, 1)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                train(net, optimizer, 1)
     assert counter.frame_count == 1
     torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=1e-4, atol=1e-6)
 
 
-def test_a_schedule_never_recompiles(counter, monkeypatch):
+def test_a_schedule_never_recompiles(counter):
     model = network()
     optimizer = kfac(model, compile=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6)
     train(model, optimizer, 1)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    for _ in range(10):
+    for _ in range(5):
         scheduler.step()
-        train(model, optimizer, 1)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            train(model, optimizer, 1)
     assert counter.frame_count == 1
 
 
@@ -298,7 +321,7 @@ def test_many_optimizers_in_one_process_each_compile(counter, caplog):
         model(data()[0]).square().mean().backward()
         optimizer.step()
     assert counter.frame_count == count
-    assert not caplog.messages
+    assert not [record for record in caplog.records if record.name == "kfac_triton"]
 
 
 def test_a_skipped_step_of_a_compiled_optimizer(counter):
@@ -336,7 +359,7 @@ def warned_run(caplog) -> tuple[tuple[dict, dict], list[str]]:
     caplog.clear()
     with caplog.at_level(logging.WARNING, "kfac_triton"):
         result = eager_run(compile=True, **HYPER)
-    return result, caplog.messages
+    return result, [record.message for record in caplog.records if record.name == "kfac_triton"]
 
 
 def test_without_a_cpp_compiler_one_warning_and_eager_steps(monkeypatch, caplog):

@@ -472,12 +472,11 @@ def test_exact_with_positions_that_mix(likelihood):
     dense.assert_factors_equal({"first": factors["first"]}, {"first": expected})
 
 
-# Weights follow identity, not module type: functional code, transposes, chunks. One hidden layer, s = W a (+ b), for
-# outputs at every position; `make` returns the parameters of the layer, `call` the hidden outputs.
+# K-FAC follows weights, not modules: functional code, transposes, chunks, packed projections.
 
 
 class Functional(nn.Module):
-    """`w` and `b` used by `call(self, x)`, then tanh and a fixed readout of two outputs."""
+    """A hidden layer `call(self, x)` made of `w` and `b`, then tanh and a fixed readout of two outputs."""
 
     def __init__(self, call, weight_shape=(4, 5)):
         super().__init__()
@@ -743,9 +742,10 @@ class Encoder(nn.Module):
         return readout(self.layer(x.transpose(0, 1)).transpose(0, 1))
 
 
-@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    ("batch_first", "weight_sharing"), [(True, "expand"), (True, "reduce"), (False, "expand")]
+)  # reduce finds the examples of a plain linear layer on the first axis alone
 def test_transformer_encoder_layer(batch_first, norm_first, weight_sharing):
     torch.manual_seed(0)
     model = Encoder(batch_first, norm_first)
@@ -773,3 +773,35 @@ def test_transformer_encoder_layer(batch_first, norm_first, weight_sharing):
     }
     factors = dense.kfac_factors(model, QUERY, weight_sharing=weight_sharing)
     dense.assert_factors_equal({name: factors[name] for name in expected}, expected)
+
+
+def test_reduce_refuses_a_layer_whose_first_axis_cannot_be_the_examples():
+    """Three positions before two examples: 6 rows divide by 2, but not into examples."""
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="examples on the first axis"):
+        dense.kfac_factors(Encoder(batch_first=False, norm_first=True), QUERY, weight_sharing="reduce")
+
+
+def test_a_bias_of_two_weights_belongs_to_neither_block():
+    class SharedBias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Parameter(dense.randn(3, 3)), nn.Parameter(dense.randn(3, 3, seed=2))
+            self.b = nn.Parameter(dense.randn(3, seed=4))
+
+        def forward(self, x):
+            return F.linear(torch.tanh(F.linear(x, self.first, self.b)), self.second, self.b)
+
+    model, x = SharedBias(), dense.randn(1, 3)
+    factors = dense.kfac_factors(model, x)
+    assert factors.keys() == {"first", "second"}
+    for name in factors:
+        dense.assert_exact(dense.kron(factors[name]), dense.fisher_block(model, x, name))
+
+
+def test_a_weight_used_both_ways_round_falls_back():
+    """Rows of the weight are outputs in one use and inputs in the other: no one block holds both."""
+    model = Functional(lambda m, x: torch.tanh(x @ m.w) @ m.w.T, (4, 4))
+    optimizer = unit_step(model, dense.randn(6, 4))
+    assert optimizer.coverage() == {"w": "fallback", "b": "fallback"}
+    assert optimizer.factors() == {}

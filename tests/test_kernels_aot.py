@@ -30,16 +30,16 @@ def shipped() -> list[tuple]:
     """(target, kernel, dtype, tile, precision, stride of X that is 1): everything a launcher may choose."""
     configurations = []
     for target in SHARED_LIMIT:
-        precisions = ("ieee",) if target == "gfx942" else ("tf32x3", "tf32")
-        for precision in precisions:
-            for dtype in ("fp32", "bf16", "fp16"):
+        float32 = ("ieee",) if target == "gfx942" else ("tf32x3", "tf32")
+        for dtype in ("fp32", "bf16", "fp16"):
+            for precision in float32:  # V of any dtype meets float32 factors
                 configurations += [(target, "kron_matmul", dtype, tile, precision, "") for tile in kron_matmul.TILES]
-            for kind, unit_strides in (("float32", ("X_col",)), ("float32, no unit column stride", ("X_row", ""))):
-                for unit in unit_strides:
-                    configurations += [(target, "syrk", "fp32", tile, precision, unit) for tile in syrk.TILES[kind]]
-        for dtype in ("bf16", "fp16"):  # the precision says nothing to them
-            for unit in ("X_col", "X_row", ""):
-                configurations += [(target, "syrk", dtype, tile, "ieee", unit) for tile in syrk.TILES["half"]]
+            tiles = syrk.TILES["float32" if dtype == "fp32" else "half"]
+            for precision in float32 if dtype == "fp32" else ("ieee",):  # half types have no other precision
+                for kernel in ("syrk", "syrk with bias"):
+                    configurations += [(target, kernel, dtype, tile, precision, "X_col") for tile in tiles]
+                    for unit_stride in ("X_row", ""):
+                        configurations += [(target, kernel, dtype, t, precision, unit_stride) for t in tiles[1:]]
     return configurations
 
 
@@ -48,15 +48,15 @@ ALL = shipped()
 SOME = [
     (target, kernel, "fp32", Tile(64, 32, 4, 3), "ieee" if target == "gfx942" else "tf32x3", unit_stride)
     for target in SHARED_LIMIT
-    for kernel, unit_stride in (("syrk", "X_col"), ("kron_matmul", ""))
+    for kernel, unit_stride in (("syrk with bias", "X_col"), ("kron_matmul", ""))
 ]
 assert set(SOME) <= set(ALL)
-IEEE = ("sm_80", "syrk", "fp32", Tile(32, 32, 4, 3), "ieee", "X_col")
+IEEE = ("sm_80", "syrk", "fp32", Tile(32, 16, 4, 4), "ieee", "X_col")
 
 
 def name(configuration: tuple) -> str:
     target, kernel, dtype, tile, precision, unit_stride = configuration
-    return "-".join((target, kernel, dtype, "x".join(map(str, tile)), precision, unit_stride))
+    return "-".join((target, kernel.replace(" ", "_"), dtype, "x".join(map(str, tile)), precision, unit_stride))
 
 
 def examine(configurations: list[tuple]) -> dict[tuple, dict]:
@@ -112,7 +112,7 @@ def compiled(target: str, kernel: str, dtype: str, tile: Tile, precision: str, u
     stages = min(tile.stages, 2) if hip else tile.stages
     if kernel == "kron_matmul":
         return kron_matmul.ahead_of_time(gpu, dtype, tile, stages, precision)
-    return syrk.ahead_of_time(gpu, dtype, tile, stages, precision, True, unit_stride or None)
+    return syrk.ahead_of_time(gpu, dtype, tile, stages, precision, kernel == "syrk with bias", unit_stride or None)
 
 
 def facts(target: str, kernel) -> dict:

@@ -135,11 +135,11 @@ SIGMAS = 5  # standard errors of a mean over N_SAMPLES, from the spread of the s
 @pytest.mark.parametrize("scale", [1.0, 3.0])  # 3: probabilities down to about 0.01
 @pytest.mark.parametrize("name", TYPES)
 def test_moments_of_the_sampled_gradients(name, scale):
-    """Mean 0, second moment H: within five standard errors, entry by entry."""
-    z = scale * torch.tensor([0.5, -1.0, 0.2, 0.9], dtype=torch.float64)
-    g = TYPES[name]().sampled_gradient(z.expand(N_SAMPLES, 4), torch.Generator().manual_seed(1))
-    H = dense.output_fisher(name, z[None])[0]
-    for samples, expected in ((g, torch.zeros_like(z)), (g[:, :, None] * g[:, None, :], H)):
+    """Mean 0, second moment H, at two positions with outputs of their own: within five standard errors, by entry."""
+    z = scale * torch.tensor([[0.5, -1.0, 0.2, 0.9], [-0.7, 0.8, 0.0, -0.4]], dtype=torch.float64)
+    g = TYPES[name]().sampled_gradient(z.expand(N_SAMPLES, 2, 4), torch.Generator().manual_seed(1))
+    H = dense.output_fisher(name, z)
+    for samples, expected in ((g, torch.zeros_like(z)), (g.unsqueeze(-1) * g.unsqueeze(-2), H)):
         error = (samples.mean(0) - expected).abs()
         assert (error <= SIGMAS * samples.std(0) / math.sqrt(N_SAMPLES)).all()
 
