@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 from unittest import mock
 
@@ -250,7 +250,7 @@ class UseRecorder(TorchFunctionMode):
         super().__init__()
         self.uses = Uses()
         self._known = {id(p): p for p in parameters}
-        self._batch_axis = 0
+        self._examples_second = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -275,19 +275,20 @@ class UseRecorder(TorchFunctionMode):
 
     def _attention(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Re-enters packed attention, so that the projections inside are seen; it puts positions before examples."""
-        axis, self._batch_axis = self._batch_axis, int((args[0] if args else kwargs["query"]).dim() == 3)
+        query = args[0] if args else kwargs["query"]
+        outside, self._examples_second = self._examples_second, query.shape[1] if query.dim() == 3 else 0
         try:
             with self, mock.patch.object(F, "has_torch_function", lambda *_: False):
                 return func(*args, **kwargs)
         finally:
-            self._batch_axis = axis
+            self._examples_second = outside
 
     def _record(self, use: Use, out: Tensor) -> None:
         # An operation may return a full view of its result; an in-place successor moves the view's place in the graph,
         # never the base's.
         base = out._base if out._is_view() and out._base is not None else out
-        if self._batch_axis:
-            object.__setattr__(use, "batch_axis", self._batch_axis)
+        if self._examples_second:
+            use = replace(use, batch_axis=1, examples=self._examples_second)
         recorded = Recorded(use, get_gradient_edge(base), out.shape)
         self.uses.recorded.setdefault(use.weight.parameter, []).append(recorded)
 

@@ -90,7 +90,7 @@ def _inverse_of_sum(F: Tensor, scale: Tensor, d: Tensor, *, diagonal: bool) -> T
     normalised = F * _expand(scale, F, diagonal)
     if diagonal:
         reciprocal = 1 / (normalised + d.unsqueeze(-1))
-        return reciprocal if bool(torch.isfinite(reciprocal).all()) else None
+        return reciprocal if bool((torch.isfinite(reciprocal) & torch.isfinite(normalised)).all()) else None
     inverse = _cholesky_inverse(normalised, d)
     if inverse is None and F.dtype != torch.float64:
         inverse = _cholesky_inverse(normalised.double(), d.double(), F.dtype)
@@ -107,6 +107,8 @@ def _cholesky_inverse(F: Tensor, d: Tensor, dtype: torch.dtype | None = None) ->
     damped = F.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(d.unsqueeze(-1))
     factor, info = torch.linalg.cholesky_ex(damped)
+    # cholesky_inverse raises on a factor with a zero on its diagonal
+    if bool((info != 0).any() | ~torch.isfinite(factor).all()):
+        return None
     inverse = torch.cholesky_inverse(factor).to(dtype or F.dtype)
-    ok = (info == 0).all() & torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all()
-    return inverse if bool(ok) else None
+    return inverse if bool(torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all()) else None

@@ -56,9 +56,10 @@ class Categorical(Likelihood):
         return False
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        z = self.terms_last(outputs).flatten(0, -2)
+        last = self.terms_last(outputs)
+        z = last.reshape(-1, last.shape[-1])
         if targets.is_floating_point():
-            return F.cross_entropy(z, self.terms_last(targets).flatten(0, -2))
+            return F.cross_entropy(z, self.terms_last(targets).reshape(z.shape))
         return F.cross_entropy(z, targets.flatten())
 
     def sampled_gradient(self, z: Tensor, generator: Generator) -> Tensor:

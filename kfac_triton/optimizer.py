@@ -257,7 +257,9 @@ class KFAC(torch.optim.Optimizer):
                     'leave that call out, or use fisher="mc", which does not depend on it'
                 )
             finite = finite & (found_inf.to(device) == 0)
-        unscale = torch.ones((), device=device) if scale is None else 1 / scale.to(device, torch.float32)
+        unscale = torch.ones((), dtype=torch.float64, device=device)
+        if scale is not None:
+            unscale = unscale / scale.to(device)
         return unscale, finite
 
     def _check_gradients_are_zero(self, parameters: list[nn.Parameter]) -> None:

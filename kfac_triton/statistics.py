@@ -135,11 +135,13 @@ def _summed(seen: SeenUse, bias: bool, masked: bool) -> tuple[Tensor, list[Tenso
 
 def _per_example(rows: Tensor, seen: SeenUse) -> Tensor:
     """Rows (..., N * positions, d) as (..., N, positions, d)."""
-    if rows.shape[-2] % seen.examples:
+    use = seen.recorded.use
+    misplaced = use.operation == "linear" and use.x.dim() > 2 and use.x.shape[use.batch_axis] != seen.examples
+    if misplaced or rows.shape[-2] % seen.examples:
         raise ValueError(
             f"weight_sharing='reduce' needs the examples on the first axis of a layer's input: "
-            f"{seen.examples} examples, but a weight of shape {tuple(seen.recorded.use.weight.parameter.shape)} "
-            f"received an input of shape {tuple(seen.recorded.use.x.shape)}; use weight_sharing='expand'"
+            f"{seen.examples} examples, but a weight of shape {tuple(use.weight.parameter.shape)} "
+            f"received an input of shape {tuple(use.x.shape)}; use weight_sharing='expand'"
         )
     by_example: Tensor = rows.unflatten(-2, (seen.examples, -1))
     return by_example

@@ -167,15 +167,15 @@ def _adamw_(plan: Plan, hyper: Hyper, group: int, fallback: Fallback, i: int) ->
     grad = _gradient(plan, hyper, parameter, fallback.grads[i])
     lr, weight_decay = hyper.fallback_lr[group], hyper.weight_decay[group]
     if plan.gated:
-        passed = hyper.finite.to(step.dtype)
+        passed = hyper.finite.double()
         lr = torch.where(hyper.finite, lr, 0.0)
     else:
-        passed = torch.ones_like(step)
+        passed = torch.ones_like(step, dtype=torch.float64)
     step.add_(passed)
     exp_avg, exp_avg_sq = fallback.exp_avgs[i], fallback.exp_avg_sqs[i]
     exp_avg.add_((grad - exp_avg) * ((1 - ADAM_BETA1) * passed))
     exp_avg_sq.add_((grad * grad - exp_avg_sq) * ((1 - ADAM_BETA2) * passed))
-    count = step.clamp(min=1)
+    count = step.double().clamp(min=1)
     corrected = exp_avg / (1 - ADAM_BETA1**count)
     root = (exp_avg_sq / (1 - ADAM_BETA2**count)).sqrt() + ADAM_EPS
     if plan.weight_decay:
@@ -211,7 +211,8 @@ class CompiledStep:
             try:
                 step(hyper, blocks, fallback)
             except torch._dynamo.exc.TorchDynamoException as error:
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                reason = f"{type(error).__name__}: {' '.join(lines[:2])}"
             else:
                 self._steps[plan] = step
         if reason is None:

@@ -30,6 +30,8 @@ class LinearUse(Use):
     def _rows(self, t: Tensor) -> Tensor:
         if self.columns and t.dim() > 1:
             t = t.transpose(-1, -2)
+        if self.batch_axis and t.dim() == 2:
+            t = t.unflatten(0, (-1, self.examples))
         if self.batch_axis and t.dim() > 2:
             t = t.movedim(self.batch_axis, 0)
         return t.reshape(-1, t.shape[-1])

@@ -27,7 +27,8 @@ class Part:
 class Use(ABC):
     """One call of an operation with `weight`. The input `x` is kept by reference, without its graph.
 
-    `transposed` and `groups` as in `Layout`; `batch_axis` is the axis of x that counts the examples.
+    `transposed` and `groups` as in `Layout`. `batch_axis` is the axis of x that counts the examples; where it is 1 and
+    x is flat, (positions * examples, d_in), `examples` tells them apart.
     """
 
     weight: Part
@@ -36,6 +37,7 @@ class Use(ABC):
     transposed: bool = False
     groups: int = 1
     batch_axis: int = 0
+    examples: int = 0
 
     operation = ""
 
