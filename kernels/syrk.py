@@ -108,7 +108,7 @@ def without_sync(F: Tensor, X: Tensor, alpha: Tensor, beta: Tensor, bias: bool) 
 # needs eight warps, and in tf32x3 on sm_80 at most 16 terms at a time). No timing on a device stands behind them.
 TILES = {
     "half": (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 32, 4, 3)),
-    "float32": (Tile(128, 16, 8, 4), Tile(64, 32, 4, 3), Tile(32, 16, 4, 4)),
+    "float32": (Tile(128, 16, 8, 4), Tile(64, 32, 4, 3), Tile(32, 32, 2, 3)),
 }
 
 

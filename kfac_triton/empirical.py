@@ -23,7 +23,10 @@ from kfac_triton.statistics import limited, weight_statistics
 
 
 class _Sums:
-    """Sums of one weight since the last step: A = sum a a^T, G = sum g g^T with g = dy * L, and the rows."""
+    """Sums of one weight since the last step: A = sum a a^T, G = sum g g^T with g = dy * L, and the rows.
+
+    Compiled code knows L only after its taps were traced: `G_raw` sums dy dy^T, and L^2 follows in `take`.
+    """
 
     def __init__(self, module: nn.Module, weight: nn.Parameter, known: set[nn.Parameter], max_factor_dim: int) -> None:
         bias = getattr(module, "bias", None)
@@ -34,6 +37,7 @@ class _Sums:
         shape_A, shape_G = self.layout.factor_shapes(weight.shape)
         self.A = torch.zeros(shape_A, dtype=factor_dtype(weight), device=weight.device)
         self.G = torch.zeros(shape_G, dtype=factor_dtype(weight), device=weight.device)
+        self.G_raw = torch.zeros_like(self.G)
         self.rows = torch.zeros((), dtype=torch.float64, device=weight.device)
 
 
@@ -98,7 +102,9 @@ class EmpiricalSums:
 
     def _add(self, use: Use, dy: Tensor, forward: _Pass) -> None:
         sums = self._sums[use.weight.parameter]
-        gradient = dy.to(sums.G.dtype) * forward.terms.to(sums.G.dtype)
+        gradient, into = dy.to(sums.G.dtype), sums.G_raw
+        if not torch.compiler.is_compiling():
+            gradient, into = gradient * forward.terms.to(sums.G.dtype), sums.G
         rows = weight_statistics(
             [SeenUse(Recorded(use, None, dy.shape), [gradient], 0, use.x.shape[0], forward.counted)],
             sums.layout,
@@ -109,13 +115,17 @@ class EmpiricalSums:
         )
         one, layout = self._one, sums.layout
         factors.accumulate_(sums.A, rows.a, one, one, bias=rows.ones, diagonal=layout.diagonal_A)
-        factors.accumulate_(sums.G, rows.g, one, one, bias=False, diagonal=layout.diagonal_G)
+        factors.accumulate_(into, rows.g, one, one, bias=False, diagonal=layout.diagonal_G)
         sums.rows.add_(rows.rows)
 
     def take(self, kept: list[Inputs], unscale: float | Tensor) -> dict[nn.Parameter, Statistics]:
         """The statistics since the last call, from the passes `kept`; `unscale` is 1 / s of the GradScaler."""
+        for weight, sums in self._sums.items():
+            if weight.grad is not None and not bool(sums.rows > 0):
+                self._check_not_compiled_before(self._taps.weights[weight])
         scale = (len(kept) / self._settings.loss_scale * unscale) ** 2
         terms = torch.stack([inputs.note.terms for inputs in kept]).sum()
+        squared = (terms / len(kept)) ** 2
         statistics = {
             weight: Statistics(
                 sums.layout,
@@ -125,7 +135,7 @@ class EmpiricalSums:
                 terms.to(sums.A.dtype),
                 sums.rows.to(sums.G.dtype, copy=True),
                 ones=False,
-                sums=(sums.A.clone(), sums.G * scale),
+                sums=(sums.A.clone(), (sums.G + sums.G_raw * squared) * scale),
             )
             for weight, sums in self._sums.items()
             if bool(sums.rows > 0)
@@ -133,10 +143,19 @@ class EmpiricalSums:
         self.clear()
         return statistics
 
+    def _check_not_compiled_before(self, silent: nn.Module) -> None:
+        """Raises where a tapped module with a gradient stayed silent inside compiled code."""
+        around = [m for m in self._module.modules() if any(child is silent for child in m.modules())]
+        if any(m._compiled_call_impl is not None for m in around):
+            raise RuntimeError(
+                f"a compiled {type(silent).__name__} has a gradient, but its hook never ran: it was compiled and called "
+                "before KFAC added the hook, which compiled code ignores. Build KFAC before the first compiled call"
+            )
+
     def clear(self) -> None:
         """Forget what was summed."""
         for sums in self._sums.values():
-            for total in (sums.A, sums.G, sums.rows):
+            for total in (sums.A, sums.G, sums.G_raw, sums.rows):
                 total.zero_()
 
     def close(self) -> None:

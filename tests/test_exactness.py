@@ -362,6 +362,7 @@ def test_tied_weight_is_merged_by_definition(join, fisher):
     dense.assert_factors_equal({"shared": factors["shared"]}, {"shared": expected})
 
 
+@pytest.mark.xfail(strict=True, reason="the taps see modules alone; the README's Limitations name it")
 def test_empirical_sees_a_functional_use_of_a_tapped_weight():
     """The taps see modules alone: with a use elsewhere the weight must fall back, or have right factors after all."""
     model, x = halves("concatenated", second_bias=False)
