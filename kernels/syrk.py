@@ -36,7 +36,7 @@ from kfac_triton.kernels._launch import (
 )
 
 # On the CPU the lower triangle goes in block columns. Two threads, float32, against one full product and the same
-# mirror, for (n, d): 2.6 against 3.6 ms at (64, 1001), 12.3 against 17.6 ms at (512, 1001), 84 against 131 ms at
+# mirror, for (n, d): 2.7 against 3.1 ms at (64, 1001), 11.3 against 15.9 ms at (512, 1001), 76 against 118 ms at
 # (4096, 1001). A smaller matrix is one block, hence one product.
 REFERENCE_BLOCK = 256
 

@@ -148,7 +148,7 @@ class EmpiricalSums:
         around = [m for m in self._module.modules() if any(child is silent for child in m.modules())]
         if any(m._compiled_call_impl is not None for m in around):
             raise RuntimeError(
-                f"a compiled {type(silent).__name__} has a gradient, but its hook never ran: it was compiled and called "
+                f"a compiled {type(silent).__name__} has a gradient, but its hook never ran: it was called "
                 "before KFAC added the hook, which compiled code ignores. Build KFAC before the first compiled call"
             )
 

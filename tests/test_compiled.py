@@ -18,7 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kfac_triton import KFAC
 
-FISHERS = ["mc", "exact", "empirical"]
+# "exact" differs from "mc" in K-FAC's own pass alone, which is never compiled.
+FISHERS = ["mc", "empirical"]
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +89,7 @@ def graph_breaks() -> int:
 # ----------------------------------------------------------------------------------------------------- compiled models
 
 
-@pytest.mark.parametrize(
-    "order", ["compiled, then KFAC", "KFAC, then compiled", "KFAC on the module inside", "in place"]
-)
+@pytest.mark.parametrize("order", ["compiled, then KFAC", "KFAC, then compiled", "in place"])
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_a_compiled_model_is_one_graph_with_the_eager_factors(fisher, order):
     factors, weights = eager_run(fisher=fisher)

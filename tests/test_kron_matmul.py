@@ -183,6 +183,7 @@ def test_autocast_does_not_round(precondition):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
 def test_operator_on_a_gpu():
     layers = [layer(40, 35, device="cuda") for _ in range(5)]
     layers += [layer(900, 700, device="cuda"), layer(40, 35, (2,), torch.float64, True, device="cuda")]
