@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-slow lint types clean
 
 demo: $(STAMP)  ## race K-FAC against SGD and AdamW; the report is report/index.html
-	$(BIN)/kfac-bench run digits-autoencoder --budget 230 --out report --overwrite
+	$(BIN)/kfac-bench run digits-autoencoder --trials 6 --seconds 4 --budget 230 --out report --overwrite
 
 test: $(STAMP)  ## the test suite without what is marked slow or gpu
 	$(BIN)/pytest

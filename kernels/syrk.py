@@ -241,6 +241,7 @@ def launch(
     if X.dtype == torch.float64:
         X = X.to(F.dtype)
     tile = _choose(F, X)[0] if tile is None else tile
+    precision = precision or (float32_precision() if X.dtype == torch.float32 else "ieee")
     F, X = (F.unsqueeze(0), X.unsqueeze(0)) if F.ndim == 2 else (F, X)
     batch, n, d = X.shape
     if batch == 0:
@@ -248,7 +249,7 @@ def launch(
     with device_of(F):
         syrk_kernel[(_programs(batch, d, bias, tile.block),)](
             F, X, alpha, beta, n, d, *F.stride()[:2], *X.stride(),
-            BIAS=bias, BLOCK=tile.block, BLOCK_K=tile.block_k, PRECISION=precision or float32_precision(),
+            BIAS=bias, BLOCK=tile.block, BLOCK_K=tile.block_k, PRECISION=precision,
             num_warps=tile.warps, num_stages=stages_here(tile),
         )  # fmt: skip
 
