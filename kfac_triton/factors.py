@@ -87,28 +87,30 @@ def _expand(scale: Tensor, F: Tensor, diagonal: bool) -> Tensor:
 
 def _inverse_of_sum(F: Tensor, scale: Tensor, d: Tensor, *, diagonal: bool) -> Tensor | None:
     """(scale F + d I)^-1 by the escalation of `damped_inverses`."""
-    normalised = F * _expand(scale, F, diagonal)
+
+    def normalised(dtype: torch.dtype) -> Tensor:
+        return F.to(dtype) * _expand(scale.to(dtype), F, diagonal)
+
     if diagonal:
-        reciprocal = 1 / (normalised + d.unsqueeze(-1))
-        return reciprocal if bool((torch.isfinite(reciprocal) & torch.isfinite(normalised)).all()) else None
-    inverse = _cholesky_inverse(normalised, d)
+        damped = normalised(F.dtype) + d.unsqueeze(-1)
+        return 1 / damped if bool((torch.isfinite(damped) & torch.isfinite(1 / damped)).all()) else None
+    inverse = _cholesky_inverse_(normalised(F.dtype), d)
     if inverse is None and F.dtype != torch.float64:
-        inverse = _cholesky_inverse(normalised.double(), d.double(), F.dtype)
+        inverse = _cholesky_inverse_(normalised(torch.float64), d.double())
     for power in range(1, _ESCALATIONS + 1):
         if inverse is not None:
             break
-        raised = d.clamp(min=torch.finfo(F.dtype).eps) * 10.0**power
-        inverse = _cholesky_inverse(normalised.double(), raised.double(), F.dtype)
-    return inverse
+        raised = d.clamp(min=torch.finfo(F.dtype).eps).double() * 10.0**power
+        inverse = _cholesky_inverse_(normalised(torch.float64), raised)
+    return None if inverse is None else inverse.to(F.dtype)
 
 
-def _cholesky_inverse(F: Tensor, d: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-    """(F + d I)^-1, or None where it has no finite one."""
-    damped = F.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(d.unsqueeze(-1))
-    factor, info = torch.linalg.cholesky_ex(damped)
+def _cholesky_inverse_(F: Tensor, d: Tensor) -> Tensor | None:
+    """(F + d I)^-1, or None where it has no finite one; writes over F."""
+    F.diagonal(dim1=-2, dim2=-1).add_(d.unsqueeze(-1))
+    factor, info = torch.linalg.cholesky_ex(F)
     # cholesky_inverse raises on a factor with a zero on its diagonal
     if bool((info != 0).any() | ~torch.isfinite(factor).all()):
         return None
-    inverse = torch.cholesky_inverse(factor).to(dtype or F.dtype)
+    inverse = torch.cholesky_inverse(factor)
     return inverse if bool(torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all()) else None

@@ -127,6 +127,20 @@ def test_the_fisher_pass_drops_out_by_its_own_counter_based_stream():
     assert not torch.equal(runs[0]["2"]["A"], runs[2]["2"]["A"])
 
 
+def test_every_update_samples_anew():
+    """The same batch and the same weights again: A stays, G is the mean over other targets."""
+    model = network()
+    optimizer = kfac(model, lr=0.0)
+    runs = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(model, *data())
+        optimizer.step()
+        runs.append(copy.deepcopy(optimizer.factors()["2"]))
+    torch.testing.assert_close(runs[1]["A"], runs[0]["A"], rtol=1e-6, atol=1e-7)
+    assert (runs[1]["G"] - runs[0]["G"]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_the_users_graph_survives_the_step(fisher):
     """One linear layer, whose backward pass needs its input alone: as with torch.optim, it may run again."""

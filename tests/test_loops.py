@@ -303,6 +303,20 @@ def test_a_skipped_step_leaves_no_trace(fisher, unscale):
     assert_same(runs[1], runs[0])
 
 
+def test_the_scalers_verdict_counts_also_for_repaired_gradients():
+    """The scaler saw inf in unscale_; that the user wrote zeros over it since does not bring the step back."""
+    model = network()
+    optimizer = kfac(model)
+    before = snapshot(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(F.cross_entropy(model(data()[0]), data()[1])).backward()
+    model[0].bias.grad[0] = torch.inf
+    scaler.unscale_(optimizer)
+    model[0].bias.grad.nan_to_num_(posinf=0.0)
+    scaler.step(optimizer)
+    assert_same(snapshot(model, optimizer), before)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_gradient_that_is_not_finite_skips_the_step(value):
     model = nn.Sequential(network(), nn.LayerNorm(3))
@@ -578,7 +592,8 @@ def test_evaluation_touches_nothing(fisher):
                 with torch.inference_mode():
                     model(10 * data(5)[0])
                 model.eval()
-                model(10 * data(5)[0])
+                saliency = 10 * data(5)[0].requires_grad_()
+                torch.autograd.grad(model(saliency).sum(), saliency)
                 model.train()
             optimizer.step()
         runs.append(snapshot(model, optimizer))
