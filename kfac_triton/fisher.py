@@ -141,7 +141,7 @@ class FisherPass:
             for into, dy in zip(dys, found, strict=True):
                 if dy is not None:
                     into.append(dy)
-        examples = _batch_size(inputs)
+        examples = _batch_size(inputs) if inputs.tensors() else z.shape[0]
         counted = None if valid is None else valid.flatten()
         for (weight, r), gradients in zip(recorded, dys, strict=True):
             if gradients:

@@ -249,6 +249,8 @@ class KFAC(torch.optim.Optimizer):
         if grads:
             wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
             finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, 2, dtype=wide))).all()
+            if device.type == "cpu" and not bool(finite):  # a sum of squares may overflow where no gradient does
+                finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf, dtype=wide))).all()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:
             if scale is None and self._settings.fisher == "empirical":

@@ -312,6 +312,20 @@ def test_inputs_by_any_convention(fisher, fraction, unpack, call):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_inputs_in_an_object_of_no_known_kind(fisher, sharing):
+    """A dataclass hides its tensors, so its batch cannot be cut; its examples are examples all the same."""
+    x, y = data()
+    expected = factors_of(network(), x, y, fisher=fisher, weight_sharing=sharing)
+    model = Named(lambda batch: batch.x)
+    optimizer = kfac(model, fisher=fisher, weight_sharing=sharing)
+    F.cross_entropy(model(SimpleNamespace(x=x)), y).backward()
+    optimizer.step()
+    actual = {name.removeprefix("net."): factor for name, factor in optimizer.factors().items()}
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("fisher", FISHERS)
 @pytest.mark.parametrize(
     ("pack", "output", "tensor"),

@@ -161,7 +161,7 @@ def test_training_goes_the_right_way():
         loss = loss_of(model, x, y)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.25 * losses[0]
 
 
@@ -437,6 +437,15 @@ def test_zero_gradients_move_nothing_without_decay_and_momentum():
     (0 * loss_of(model, *data())).backward()
     optimizer.step()
     assert_same(model.state_dict(), before)
+
+
+def test_huge_finite_gradients_are_a_step():
+    """float32 holds 1e25, and no norm of such gradients: only what is not finite itself may skip a step."""
+    model = network(dtype=torch.float32)
+    optimizer = kfac(model)
+    (1e25 * loss_of(model, *data(dtype=torch.float32))).backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 1
 
 
 def test_sparse_gradients_are_refused():
