@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from kfac_triton.blocks import conv, linear
-from kfac_triton.blocks.use import Part, Use
+from kfac_triton.blocks.use import Part, Use, part_of
 
 log = logging.getLogger("kfac_triton")
 
@@ -134,6 +134,7 @@ class RootInputs(_Hooks):
                 self.handles.append(p.register_post_accumulate_grad_hook(self._after_backward))
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._entered = None
         if self.inert or _OwnPass.running or not module.training or not torch.is_grad_enabled():
             return
         autocast = tuple(
@@ -150,9 +151,10 @@ class RootInputs(_Hooks):
         if torch.compiler.is_compiling() or self.inert or self._entered is None:
             return
         inputs, self._entered = self._entered, None
-        tensors = [t for t in _output_tensors(returned) if t.requires_grad]
+        tensors = list(_output_tensors(returned))
         for t in tensors:
-            t.register_hook(lambda grad: self._keep(inputs))
+            if t.requires_grad:
+                t.register_hook(lambda grad: self._keep(inputs))
         if not tensors:
             self._untracked.append(inputs)
 
@@ -189,6 +191,7 @@ class RootInputs(_Hooks):
         if not self._kept:
             self._flush()
         kept = self._kept
+        self._untracked.clear()
         self.forget()
         for inputs, versions in kept:
             if _versions(inputs) != versions:
@@ -318,7 +321,7 @@ class UseRecorder(TorchFunctionMode):
     def _part(self, t: Any) -> Part | None:
         """Which part of a known parameter t is; None where it is none, or no block of whole rows."""
         parameter = self._owner(t) if isinstance(t, Tensor) else None
-        return None if parameter is None else _part_of(parameter, t)
+        return None if parameter is None else part_of(parameter, t)
 
 
 def _is_bias(use: Use, parameter: nn.Parameter) -> bool:
@@ -333,30 +336,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(tuple(value.values()))
-
-
-def _part_of(parameter: nn.Parameter, t: Tensor) -> Part | None:
-    """t as whole rows of `parameter.flatten(1)`, perhaps transposed; decided by shape, strides and offset."""
-    rows = parameter.shape[0] if parameter.dim() else 1
-    if t.shape == parameter.shape and t.stride() == parameter.stride():
-        return Part(parameter, 0, rows)
-    if parameter.dim() == 0 or not parameter.is_contiguous():
-        transposed = t.dim() == 2 and t.shape == parameter.t().shape and t.stride() == parameter.t().stride()
-        return Part(parameter, 0, rows, transposed=True) if transposed else None
-    width = parameter.numel() // rows
-    start, rest = divmod(int(t.storage_offset()) - int(parameter.storage_offset()), width)
-    if rest or (parameter.dim() > 1) != (t.dim() > 1):
-        return None
-    if t.dim() == 1:
-        return Part(parameter, start, start + t.shape[0]) if t.stride(0) == 1 else None
-    for view, transposed in ((t.flatten(1) if t.dim() > 2 else t, False), (t.t() if t.dim() == 2 else t, True)):
-        if view.dim() == 2 and view.shape[1] == width and _strides_match(view, width):
-            return Part(parameter, start, start + view.shape[0], transposed)
-    return None
-
-
-def _strides_match(view: Tensor, width: int) -> bool:
-    return (width == 1 or view.stride(1) == 1) and (view.shape[0] == 1 or view.stride(0) == width)
 
 
 class _Tap(torch.autograd.Function):
@@ -378,9 +357,9 @@ class _Tap(torch.autograd.Function):
 class ModuleTaps(_Hooks):
     """Taps in the user's own passes, for modules of type Linear, Conv1d and Conv2d whose weight is a parameter.
 
-    `on_use(use)` is called in the forward pass and returns what receives dy in the backward pass, once for each use,
-    also under activation checkpointing; `on_output(inputs, returned)` with what the root returned. All may be traced by
-    torch.compile. The output projection of attention is left out, since its module is never called.
+    `on_use(module)` is called in the forward pass and returns what receives (x, dy) in the backward pass, once for each
+    use, also under activation checkpointing; `on_output(inputs, returned)` with what the root returned. All may be
+    traced by torch.compile. The output projection of attention is left out, since its module is never called.
     """
 
     def __init__(

@@ -109,8 +109,12 @@ class Curvature:
         `unscale` undoes the GradScaler's scale, which the empirical Fisher's gradients carry.
         """
         due = [p for p in parameters if group_of(p)["step"] % group_of(p)["factor_interval"] == 0]
-        statistics = self._statistics(kept, parameters, max(group_of(p)["step"] for p in due), unscale)
-        statistics = {w: s for w, s in statistics.items() if w in set(due)}
+        update = max(group_of(p)["step"] for p in due)
+        found_by_weight = self._statistics(kept, parameters, update, unscale)
+        for p in self.reasons:
+            if "A" in state.get(p, {}):
+                state[p].clear()
+        statistics = {w: found_by_weight[w] for w in due if w in found_by_weight}
         if not statistics:
             return
         finite = torch.isfinite(torch.stack([torch.stack(s.magnitudes()).sum() for s in statistics.values()]))
@@ -174,12 +178,11 @@ class Curvature:
         statistics: dict[nn.Parameter, kronecker.Statistics],
     ) -> None:
         """Remembers why parameters have no block, and names the new ones once in the log."""
+        for weight in [w for w in self.blocks if w in reasons]:
+            del self.blocks[weight]
         covered = {*self.blocks, *statistics}
         covered |= {b.bias for b in self.blocks.values() if b.bias is not None}
         covered |= {s.bias for s in statistics.values() if s.bias is not None}
-        for weight in [w for w in self.blocks if w in reasons]:
-            del self.blocks[weight]
-            covered.discard(weight)
         new = {p: reasons.get(p, "no use that a block covers was seen") for p in parameters if p not in covered}
         unsaid = [f"{self.names[p]} ({why})" for p, why in new.items() if p not in self.reasons]
         self.reasons = new

@@ -134,8 +134,8 @@ class FisherPass:
             for d in self._directions(terms, seed)
         ]
         dys: list[list[Tensor]] = [[] for _ in recorded]
+        edges = [r.edge for _, r in recorded if r.edge is not None]
         for i, direction in enumerate(directions):
-            edges = [r.edge for _, r in recorded if r.edge is not None]
             last = i + 1 == len(directions)
             found = torch.autograd.grad(z, edges, direction, retain_graph=not last, allow_unused=True)
             for into, dy in zip(dys, found, strict=True):

@@ -7,6 +7,7 @@ With a mask, positions whose loss term does not count and which no gradient reac
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,7 @@ def block_layout(uses: Iterable[SeenUse], weight: Tensor, bias: bool, max_factor
 def limited(layout: Layout, weight: Tensor, max_factor_dim: int) -> Layout:
     """The layout with a diagonal on every side wider than `max_factor_dim`."""
     d_in, d_out = layout.dims(weight.shape)
-    return Layout(
-        layout.operation, layout.transposed, layout.groups, layout.bias, d_in > max_factor_dim, d_out > max_factor_dim
-    )
+    return replace(layout, diagonal_A=d_in > max_factor_dim, diagonal_G=d_out > max_factor_dim)
 
 
 def weight_statistics(

@@ -722,3 +722,72 @@ def test_two_optimizers_share_one_model(fishers):
             optimizer.step()
     for layer, optimizer, (_, reference) in zip("02", optimizers, references, strict=True):
         torch.testing.assert_close(optimizer.factors()[layer], reference.factors()[layer], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_forward_pass_that_raised_counts_nothing(fisher):
+    """Its inputs must not be taken for those of the next pass, here one in evaluation mode."""
+    x, y = data(12)
+    expected = factors_of(network(), x, y, fisher=fisher)
+    model = network()
+    optimizer = kfac(model, fisher=fisher)
+    with pytest.raises(RuntimeError):
+        model(x[:5, :-1])
+    model.eval()
+    with torch.no_grad():
+        model(3 * x)
+    model.train()
+    backward(model, x, y)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.factors(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_passes_whose_outputs_carry_no_gradient_are_not_kept():
+    """Features looked at in training mode: neither memory nor factors may hold them."""
+    x, y = data(12)
+
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.look = network(), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).detach() if self.look else self.net(x)
+
+    model = Detached()
+    optimizer = kfac(model, fisher="exact")
+    model(3 * x)
+    model.look = False
+    backward(model, x, y)
+    optimizer.step()
+    expected = factors_of(network(), x, y, fisher="exact")
+    actual = {name.removeprefix("net."): factor for name, factor in optimizer.factors().items()}
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_block_that_is_lost_leaves_no_factors_behind():
+    """A weight that a later pass uses otherwise falls back, and a checkpoint must not bring its block to life again."""
+    x, y = data(12)
+
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.penalised = nn.Linear(6, 3), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.layer(x)
+            return z + self.layer.weight.square().sum() if self.penalised else z
+
+    model = Changing()
+    optimizer = kfac(model)
+    for penalised in (False, True):
+        model.penalised = penalised
+        optimizer.zero_grad()
+        backward(model, x, y)
+        optimizer.step()
+    assert optimizer.coverage() == {"layer.weight": "fallback", "layer.bias": "fallback"}
+    assert "A" not in optimizer.state[model.layer.weight]
+    twin = Changing()
+    other = kfac(twin)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.factors() == {}

@@ -23,6 +23,30 @@ class Part:
         return self.start == 0 and self.stop == self.parameter.shape[0]
 
 
+def part_of(parameter: torch.nn.Parameter, t: Tensor) -> Part | None:
+    """t as whole rows of `parameter.flatten(1)`, perhaps transposed; decided by shape, strides and offset."""
+    rows = parameter.shape[0] if parameter.dim() else 1
+    if t.shape == parameter.shape and t.stride() == parameter.stride():
+        return Part(parameter, 0, rows)
+    if parameter.dim() == 0 or not parameter.is_contiguous():
+        transposed = t.dim() == 2 and t.shape == parameter.t().shape and t.stride() == parameter.t().stride()
+        return Part(parameter, 0, rows, transposed=True) if transposed else None
+    width = parameter.numel() // rows
+    start, rest = divmod(int(t.storage_offset()) - int(parameter.storage_offset()), width)
+    if rest or (parameter.dim() > 1) != (t.dim() > 1):
+        return None
+    if t.dim() == 1:
+        return Part(parameter, start, start + t.shape[0]) if t.stride(0) == 1 else None
+    for view, transposed in ((t.flatten(1) if t.dim() > 2 else t, False), (t.t() if t.dim() == 2 else t, True)):
+        if view.dim() == 2 and view.shape[1] == width and _strides_match(view, width):
+            return Part(parameter, start, start + view.shape[0], transposed)
+    return None
+
+
+def _strides_match(view: Tensor, width: int) -> bool:
+    return (width == 1 or view.stride(1) == 1) and (view.shape[0] == 1 or view.stride(0) == width)
+
+
 @dataclass(frozen=True)
 class Use(ABC):
     """One call of an operation with `weight`. The input `x` is kept by reference, without its graph.
