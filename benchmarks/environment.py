@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+import kfac_triton
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.version import __version__
 
@@ -19,6 +21,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Versions, processor, threads and the precision of matrix products."""
     return {
         "kfac_triton": __version__,
+        "code": code_digest(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -30,6 +33,16 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def code_digest() -> str:
+    """Twelve digits of the sha256 of this package's Python files, names included."""
+    root, digest = Path(kfac_triton.__file__).parent, hashlib.sha256()
+    # os.walk, since in a checkout some folders are links, which rglob passes over
+    folders = [Path(folder) for folder, _, _ in os.walk(root, followlinks=True)]
+    for file in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def find_device(name: str) -> torch.device:

@@ -179,20 +179,20 @@ def open_folder(folder: Path, request: Request, overwrite: bool) -> Plan | None:
     """The plan of the run in `folder` that `request` goes on with; None for a folder that begins a new one.
 
     Raises:
-        Mistake: it holds something else and `overwrite` is not set. Files that are not ours are never deleted.
+        Mistake: it holds something else, or a run of another plan and `overwrite` is not set. Nothing is deleted in a
+            folder that holds no run of ours.
     """
     if folder.exists() and not folder.is_dir():
         raise Mistake(f"--out {folder} is a file; name a folder")
-    if overwrite:
-        _clear(folder)
-    elif (folder / "plan.json").is_file():
+    if (folder / "plan.json").is_file():
+        if overwrite:
+            _clear(folder)
+            return None
         there, plan = _load(folder)
         _same(folder, there, request)
         return plan
     elif folder.is_dir() and any(folder.iterdir()):
-        raise Mistake(
-            f"--out {folder} is not empty and holds no kfac-bench run; name another folder or pass --overwrite"
-        )
+        raise Mistake(f"--out {folder} is not empty and holds no kfac-bench run; name another folder")
     return None
 
 

@@ -64,6 +64,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "missing": missing,
         "environment": environments[0] if environments else {},
         "machines": len({(one["cpu"], one["device"], one["torch"]) for one in environments}),
+        "codes": len({one.get("code") for one in environments}),
         "tasks": tasks,
     }
 
@@ -137,7 +138,9 @@ def _optimizer(
             "peak_memory_mib": spread(run["peak_memory_mib"] for run in runs),
             "targets": {target: _reached(runs, target) for target in targets},
         }
-    return {"name": name, "hyper": runs[0]["hyper"] if runs else {}, "tuning": tuning, "summary": summary, "runs": runs}
+    first: dict[str, Any] = runs[0] if runs else {"hyper": {}, "in_force": {}}
+    hyper = {name: first[name] for name in ("hyper", "in_force")}
+    return {"name": name, **hyper, "tuning": tuning, "summary": summary, "runs": runs}
 
 
 def _reached(runs: list[dict[str, Any]], target: str) -> dict[str, Any]:
@@ -170,6 +173,7 @@ def _run(path: Path, targets: dict[str, float]) -> dict[str, Any]:
                 name: run[name]
                 for name in ("ended", "reason", "seconds", "steps", "ms_per_step", "median_step_ms", "compile_seconds")
             },
+            "in_force": run.get("in_force", {}),
             "final": record["final"],
             "final_test": points[-1]["test"] if run["ended"] != "diverged" else None,
             "peak_memory_mib": record["peak_memory"] / 2**20,

@@ -103,8 +103,10 @@ def _hyper(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], uns
             value = group[names[0]]
             for name in names[1:]:
                 value = value * group[name]
-            tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
-            values.append(tensor.to(device, dtype))
+            if isinstance(value, Tensor):
+                values.append(value.detach().to(device, dtype))
+            else:  # filled on the device: a copy from the host would wait for it
+                values.append(torch.full((), value, dtype=dtype, device=device))
         return values
 
     return Hyper(

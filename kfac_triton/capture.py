@@ -10,6 +10,7 @@ module type.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -153,7 +154,7 @@ class RootInputs(_Hooks):
         inputs, self._entered = self._entered, None
         tensors = list(_output_tensors(returned))
         for t in tensors:
-            if t.requires_grad:
+            if t.grad_fn is not None:  # a hook on a leaf, a parameter among the outputs, would outlive the pass
                 t.register_hook(lambda grad: self._keep(inputs))
         if not tensors:
             self._untracked.append(inputs)
@@ -360,6 +361,7 @@ class ModuleTaps(_Hooks):
     `on_use(module)` is called in the forward pass and returns what receives (x, dy) in the backward pass, once for each
     use, also under activation checkpointing; `on_output(inputs, returned)` with what the root returned. All may be
     traced by torch.compile. The output projection of attention is left out, since its module is never called.
+    `own_calls` counts the calls of each weight's modules in passes of K-FAC's own, where there are no taps.
     """
 
     def __init__(
@@ -371,6 +373,7 @@ class ModuleTaps(_Hooks):
     ) -> None:
         super().__init__()
         self.weights: dict[nn.Parameter, nn.Module] = {}
+        self.own_calls: Counter[nn.Parameter] = Counter()
         self._root = module
         self._on_use, self._on_output = on_use, on_output
         known = set(parameters)
@@ -395,6 +398,8 @@ class ModuleTaps(_Hooks):
             self._on_output(Inputs(args, kwargs, ()), returned)
 
     def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        if _OwnPass.running and not self.inert and y.requires_grad:
+            self.own_calls[cast(nn.Parameter, module.weight)] += 1
         if not self._live() or not y.requires_grad:
             return None
         tapped: Tensor = _Tap.apply(y, args[0], self._on_use(module))
@@ -438,7 +443,10 @@ def bare_pass(inputs: Inputs, device: torch.device, seed: int) -> Iterator[None]
         mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", _run_without_checkpoint),
         _autocast(inputs.autocast),
     ):
-        torch.random.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

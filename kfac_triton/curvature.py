@@ -46,10 +46,12 @@ class Curvature:
         self.blocks: dict[nn.Parameter, Block] = {}
         self.reasons: dict[nn.Parameter, str] = {}
         self.names = {p: name for name, p in module.named_parameters()}
+        self.parameters = parameters
         self.observed = False
         self._pass: FisherPass | None = None
         self._sums: EmpiricalSums | None = None
         self._said: set[str] = set()
+        self._named: set[nn.Parameter] = set()
         self._suspects: list[tuple[nn.Parameter, Tensor]] = []
         if settings.fisher == "empirical":
             self._sums = EmpiricalSums(module, parameters, settings)
@@ -73,8 +75,12 @@ class Curvature:
         if self._sums is not None:
             self._sums.close()
 
-    def extend(self, parameters: list[nn.Parameter]) -> None:
-        """Takes in the parameters of a new group; `parameters` are all there are."""
+    def extend(self, parameters: list[nn.Parameter], state: State) -> None:
+        """Takes in the parameters of a new group, perhaps of new layers; `parameters` are all there are."""
+        self.names = {p: name for name, p in self.module.named_parameters()}
+        self.parameters = parameters
+        for weight, block in self.blocks.items():
+            state[weight]["bias"] = self._index(block.bias)
         self.root.watch(parameters)
         if self._sums is not None:
             self._sums.extend(parameters)
@@ -108,28 +114,32 @@ class Curvature:
 
         `unscale` undoes the GradScaler's scale, which the empirical Fisher's gradients carry.
         """
+        self._report_suspects()
         due = [p for p in parameters if group_of(p)["step"] % group_of(p)["factor_interval"] == 0]
         update = max(group_of(p)["step"] for p in due)
-        found_by_weight = self._statistics(kept, parameters, update, unscale)
+        found, reasons = self._statistics(kept, parameters, update, unscale)
+        seen_by_all = distributed.common([p in found for p in self.parameters], due[0].device)
+        found = {p: found[p] for p, seen in zip(self.parameters, seen_by_all, strict=True) if seen}
+        self._note_reasons(reasons, found)
         for p in self.reasons:
             if "A" in state.get(p, {}):
                 state[p].clear()
-        statistics = {w: found_by_weight[w] for w in due if w in found_by_weight}
+        statistics = {w: found[w] for w in due if w in found}
         if not statistics:
             return
         finite = torch.isfinite(torch.stack([torch.stack(s.magnitudes()).sum() for s in statistics.values()]))
-        distributed.all_agree_(finite)
-        for (weight, found), ok in zip(statistics.items(), finite.unbind(), strict=True):
-            self._adopt(weight, found.layout, found.bias, state)
-            kronecker.update_factors(state[weight], found, group_of(weight)["factor_decay"], ok)
-            self._suspects.append((weight, ok))
+        usable = finite & torch.stack([s.counts() for s in statistics.values()])
+        distributed.all_agree_(usable)
+        for (weight, own), ok in zip(statistics.items(), usable.unbind(), strict=True):
+            self._adopt(weight, own.layout, own.bias, state)
+            kronecker.update_factors(state[weight], own, group_of(weight)["factor_decay"], ok)
+        self._suspects = list(zip(statistics, finite.unbind(), strict=True))
         distributed.average_([state[w][name] for w in statistics for name in "AG"])
         if finite.device.type == "cpu":
             self._report_suspects()
 
     def update_inverses(self, state: State, group_of: GroupOf) -> None:
         """Refreshes the inverses of every block whose group is due."""
-        self._report_suspects()
         for weight, block in self.blocks.items():
             group, stored = group_of(weight), state[weight]
             if "A_inv" in stored and not inverse_due(group["step"], group["inverse_interval"]):
@@ -142,12 +152,11 @@ class Curvature:
 
     def _statistics(
         self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, unscale: float | Tensor
-    ) -> dict[nn.Parameter, kronecker.Statistics]:
+    ) -> tuple[dict[nn.Parameter, kronecker.Statistics], dict[nn.Parameter, str]]:
+        """What the passes saw of every weight, and why other parameters have no block."""
         if self._pass is None:
             assert self._sums is not None
-            statistics = self._sums.take(kept, unscale)
-            self._note_reasons({}, parameters, statistics)
-            return statistics
+            return self._sums.take(kept, unscale), self._sums.refused
         seen = self._pass.run(kept, parameters, update)
         known = set(parameters)
         uses = {w: u for w, u in seen.uses.items() if w not in seen.unsupported}
@@ -168,43 +177,46 @@ class Curvature:
                 reduce=self.settings.weight_sharing == "reduce",
                 masked=self.settings.mask is not None,
             )
-        self._note_reasons(reasons, parameters, statistics)
-        return statistics
+        return statistics, reasons
 
     def _note_reasons(
         self,
         reasons: dict[nn.Parameter, str],
-        parameters: Iterable[nn.Parameter],
         statistics: dict[nn.Parameter, kronecker.Statistics],
     ) -> None:
-        """Remembers why parameters have no block, and names the new ones once in the log."""
+        """Remembers why trainable parameters have no block, those without a gradient too, and names each once."""
         for weight in [w for w in self.blocks if w in reasons]:
             del self.blocks[weight]
         covered = {*self.blocks, *statistics}
         covered |= {b.bias for b in self.blocks.values() if b.bias is not None}
         covered |= {s.bias for s in statistics.values() if s.bias is not None}
-        new = {p: reasons.get(p, "no use that a block covers was seen") for p in parameters if p not in covered}
-        unsaid = [f"{self.names[p]} ({why})" for p, why in new.items() if p not in self.reasons]
-        self.reasons = new
+        without = [p for p in self.parameters if p.requires_grad and p not in covered]
+        self.reasons = {p: reasons.get(p, "no use that a block covers was seen") for p in without}
+        unsaid = [f"{self.names[p]} ({why})" for p, why in self.reasons.items() if p not in self._named]
+        self._named.update(self.reasons)
         self.observed = True
         if unsaid:
             log.info("without a K-FAC block, so AdamW updates them: %s", ", ".join(unsaid))
 
     def _adopt(self, weight: nn.Parameter, layout: Layout, bias: nn.Parameter | None, state: State) -> None:
         """Makes the block of a weight, anew where it is used in another way than before."""
-        block = Block(layout, bias)
-        if self.blocks.get(weight) == block:
+        known = self.blocks.get(weight)
+        if known is not None and known.layout == layout and known.bias is bias:
             return
-        self.blocks[weight] = block
-        index = next((i for i, p in enumerate(self.module.parameters()) if p is bias), -1)
+        self.blocks[weight] = Block(layout, bias)
         for p in (weight, bias):
             if p is not None:
                 state[p].clear()
-        kronecker.initialise(state[weight], weight, layout, index)
+        kronecker.initialise(state[weight], weight, layout, self._index(bias))
+
+    def _index(self, bias: nn.Parameter | None) -> int:
+        """Which of the module's parameters the bias is; -1 for none."""
+        return next((i for i, p in enumerate(self.module.parameters()) if p is bias), -1)
 
     def _report_suspects(self) -> None:
-        for weight, ok in self._suspects:
-            if not bool(ok):
+        flags = torch.stack([finite for _, finite in self._suspects]).tolist() if self._suspects else []
+        for (weight, _), finite in zip(self._suspects, flags, strict=True):
+            if not finite:
                 self._warn_once(weight, "a Fisher pass gave numbers that are not finite; its factors skipped that pass")
         self._suspects.clear()
 
@@ -217,6 +229,10 @@ class Curvature:
     def known_blocks(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Block]:
         """The blocks of these parameters; before the first pass those that the modules' types promise."""
         return self.blocks if self.observed else self._expected(set(parameters))
+
+    def memory_of_sums(self) -> dict[str, int]:
+        """Bytes that the empirical Fisher's taps collect in; empty for a Fisher pass of K-FAC's own."""
+        return {} if self._sums is None else {"sums": self._sums.memory()}
 
     def coverage(self, parameters: list[nn.Parameter]) -> dict[str, str]:
         """{parameter name: block name}, "fallback" without one."""

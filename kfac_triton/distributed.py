@@ -6,6 +6,7 @@ each update, so they stay equal, and so do the inverses that every rank computes
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,6 +28,16 @@ def average_(tensors: list[Tensor]) -> None:
     for t, handle in zip(tensors, handles, strict=True):
         handle.wait()
         t.div_(dist.get_world_size())
+
+
+def common(flags: list[bool], device: torch.device) -> list[bool]:
+    """Which of the flags hold on all ranks; every rank calls this with as many."""
+    if not _active():
+        return flags
+    votes = torch.tensor(flags, device=device)
+    all_agree_(votes)
+    agreed: list[bool] = votes.tolist()
+    return agreed
 
 
 def all_agree_(flags: Tensor) -> None:

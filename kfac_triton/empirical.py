@@ -6,7 +6,10 @@ multiplied by a GradScaler's s, the gradient of the summed nll is g = dy * L * k
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +19,16 @@ from kfac_triton.approximations.kronecker import Statistics, factor_dtype
 from kfac_triton.arguments import Settings
 from kfac_triton.blocks.layout import Layout
 from kfac_triton.blocks.use import Use
-from kfac_triton.capture import Inputs, ModuleTaps, Recorded, module_use
-from kfac_triton.fisher import SeenUse, counted_terms, tensor_of_outputs
+from kfac_triton.capture import Inputs, ModuleTaps, Recorded, bare_pass, module_use
+from kfac_triton.fisher import SeenUse, counted_terms, recorded_forward, tensor_of_outputs
 from kfac_triton.likelihoods import Categorical
 from kfac_triton.statistics import limited, weight_statistics
 
+log = logging.getLogger("kfac_triton")
+
 
 class _Sums:
-    """Sums of one weight since the last step: A = sum a a^T, G = sum g g^T with g = dy * L, and the rows.
+    """Sums of one weight since the last step: A = sum a a^T, G = sum g g^T with g = dy * L, the rows and the passes.
 
     Compiled code knows L only after its taps were traced: `G_raw` sums dy dy^T, and L^2 follows in `take`.
     """
@@ -39,13 +44,19 @@ class _Sums:
         self.G = torch.zeros(shape_G, dtype=factor_dtype(weight), device=weight.device)
         self.G_raw = torch.zeros_like(self.G)
         self.rows = torch.zeros((), dtype=torch.float64, device=weight.device)
+        self.passes = torch.zeros((), dtype=torch.float64, device=weight.device)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.A, self.G, self.G_raw, self.rows, self.passes
 
 
 class _Pass:
-    """One forward pass of the user's: its loss terms (0-d), and with a mask which of them count (bool, flat)."""
+    """One forward pass of the user's: its loss terms (0-d), with a mask which of them count (bool, flat), and while
+    the whole model is compiled the weights used so far."""
 
-    def __init__(self, terms: Tensor) -> None:
+    def __init__(self, terms: Tensor, used: dict[nn.Parameter, bool] | None) -> None:
         self.terms = terms
+        self.used = used
         self.counted: Tensor | None = None
 
 
@@ -58,14 +69,16 @@ class EmpiricalSums:
         self._likelihood = settings.likelihood or Categorical()
         device = parameters[0].device if parameters else torch.device("cpu")
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
-        self._pass = _Pass(self._zero)
+        self._pass = _Pass(self._zero, None)
         self._one = torch.ones((), device=device)
         self._sums: dict[nn.Parameter, _Sums] = {}
+        self.refused: dict[nn.Parameter, str] = {}
         self._taps = self._tapped(parameters)
 
     def _tapped(self, parameters: list[nn.Parameter]) -> ModuleTaps:
         taps = ModuleTaps(self._module, parameters, self._use, self._note_terms)
         known = set(parameters)
+        self._inspected: set[nn.Parameter] = set()
         self._sums = {w: _Sums(m, w, known, self._settings.max_factor_dim) for w, m in taps.weights.items()}
         return taps
 
@@ -76,11 +89,11 @@ class EmpiricalSums:
 
     def layouts(self) -> dict[nn.Parameter, tuple[Layout, nn.Parameter | None]]:
         """Layout and bias of every tapped weight."""
-        return {weight: (sums.layout, sums.bias) for weight, sums in self._sums.items()}
+        return {w: (sums.layout, sums.bias) for w, sums in self._sums.items() if w not in self.refused}
 
     def begin(self) -> _Pass:
         """A forward pass begins."""
-        self._pass = _Pass(self._zero)
+        self._pass = _Pass(self._zero, {} if torch.compiler.is_compiling() else None)
         return self._pass
 
     def _note_terms(self, inputs: Inputs, returned: object) -> None:
@@ -93,10 +106,15 @@ class EmpiricalSums:
             self._pass.terms = self._pass.counted.sum().to(self._zero.dtype)
 
     def _use(self, module: nn.Module) -> Callable[[Tensor, Tensor], None]:
-        forward = self._pass
+        forward, weight = self._pass, cast(nn.Parameter, module.weight)
+        first = forward.used is not None and weight not in forward.used
+        if forward.used is not None:
+            forward.used[weight] = True
 
         def seen(x: Tensor, dy: Tensor) -> None:
             self._add(module_use(module, x), dy, forward)
+            if first:
+                self._sums[weight].passes.add_(1)
 
         return seen
 
@@ -120,12 +138,22 @@ class EmpiricalSums:
 
     def take(self, kept: list[Inputs], unscale: float | Tensor) -> dict[nn.Parameter, Statistics]:
         """The statistics since the last call, from the passes `kept`; `unscale` is 1 / s of the GradScaler."""
-        for weight, sums in self._sums.items():
-            if weight.grad is not None and not bool(sums.rows > 0):
+        if not self._sums:
+            return {}
+        trainable = {weight for weight in self._sums if weight.requires_grad}
+        if trainable != self._inspected:
+            self._inspected = trainable
+            self._inspect(kept[0])
+        present = (torch.stack([sums.rows for sums in self._sums.values()]) > 0).tolist()
+        used = {weight for weight, some in zip(self._sums, present, strict=True) if some}
+        for weight in self._sums:
+            if weight.grad is not None and weight not in used:
                 self._check_not_compiled_before(self._taps.weights[weight])
-        scale = (len(kept) / self._settings.loss_scale * unscale) ** 2
-        terms = torch.stack([inputs.note.terms for inputs in kept]).sum()
-        squared = (terms / len(kept)) ** 2
+        # compiled code keeps the last of several passes before one backward pass; the taps inside it counted them all
+        passes = torch.stack([sums.passes for sums in self._sums.values()]).max().clamp(min=len(kept))
+        scale = (passes / self._settings.loss_scale * unscale) ** 2
+        terms_of_a_pass = torch.stack([inputs.note.terms for inputs in kept]).mean()
+        terms, squared = passes * terms_of_a_pass, terms_of_a_pass**2
         statistics = {
             weight: Statistics(
                 sums.layout,
@@ -135,13 +163,38 @@ class EmpiricalSums:
                 terms.to(sums.A.dtype),
                 sums.rows.to(sums.G.dtype, copy=True),
                 ones=False,
-                sums=(sums.A.clone(), (sums.G + sums.G_raw * squared) * scale),
+                sums=(sums.A.clone(), ((sums.G + sums.G_raw * squared) * scale).to(sums.G.dtype)),
             )
             for weight, sums in self._sums.items()
-            if bool(sums.rows > 0)
+            if weight in used and weight not in self.refused
         }
         self.clear()
         return statistics
+
+    def _inspect(self, inputs: Inputs) -> None:
+        """Refuses the weights that the model also uses outside their modules, where no tap sees it."""
+        self.refused, self._taps.own_calls = {}, Counter()
+        try:
+            with bare_pass(inputs, self._zero.device, self._settings.seed):
+                recorder, _ = recorded_forward(self._module, inputs, self._sums)
+        except Exception as error:  # the user's forward may need surroundings that step() lacks
+            log.warning(
+                'fisher="empirical" could not check that no weight is used outside its module: the forward pass '
+                "inside step() failed (%s: %s)",
+                type(error).__name__,
+                str(error).split("\n", 1)[0],
+            )
+            return
+        for weight in self._sums:
+            uses = len(recorder.uses.recorded.get(weight, ()))
+            if weight in recorder.uses.unsupported:
+                self.refused[weight] = f"used by {recorder.uses.unsupported[weight]}, which no tap sees"
+            elif uses != self._taps.own_calls[weight]:
+                self.refused[weight] = "used outside its module, where no tap sees it"
+
+    def memory(self) -> int:
+        """Bytes of the sums."""
+        return sum(t.nbytes for sums in self._sums.values() for t in sums.tensors())
 
     def _check_not_compiled_before(self, silent: nn.Module) -> None:
         """Raises where a tapped module with a gradient stayed silent inside compiled code."""
@@ -155,7 +208,7 @@ class EmpiricalSums:
     def clear(self) -> None:
         """Forget what was summed."""
         for sums in self._sums.values():
-            for total in (sums.A, sums.G, sums.G_raw, sums.rows):
+            for total in sums.tensors():
                 total.zero_()
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,17 @@ def tensor_of_outputs(returned: Any, output: Callable[[Any], Tensor] | None) -> 
             "Name it with output=, a callable from what the model returned to the tensor: output=lambda r: r[0]"
         )
     return z
+
+
+def recorded_forward(module: nn.Module, inputs: Inputs, parameters: Iterable[nn.Parameter]) -> tuple[UseRecorder, Any]:
+    """What a forward pass on `inputs` does with `parameters`, and what it returned; buffers stay as they were."""
+    args, kwargs = tree_map(
+        lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (inputs.args, inputs.kwargs)
+    )
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with UseRecorder(parameters) as recorder:
+        returned = functional_call(module, buffers, args, kwargs) if buffers else module(*args, **kwargs)
+    return recorder, returned
 
 
 def visible_inputs(inputs: Inputs) -> Any:
@@ -170,7 +181,7 @@ class FisherPass:
         """The recorded forward pass on a part of the batch, or on all of it where the part cannot be cut out."""
         part = self._part(inputs, update)
         try:
-            return part, *self._record(part, parameters)
+            return part, *self._outputs(part, parameters)
         except (RuntimeError, ValueError, IndexError) as error:
             if part is inputs:
                 raise
@@ -180,16 +191,11 @@ class FisherPass:
                 str(error).split("\n", 1)[0],
             )
             self.fraction = 1.0
-            return inputs, *self._record(inputs, parameters)
+            return inputs, *self._outputs(inputs, parameters)
 
-    def _record(self, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[UseRecorder, Tensor]:
-        args, kwargs = tree_map(
-            lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (inputs.args, inputs.kwargs)
-        )
-        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        with UseRecorder(parameters) as recorder:
-            returned = functional_call(self.module, buffers, args, kwargs) if buffers else self.module(*args, **kwargs)
-            return recorder, tensor_of_outputs(returned, self.output)
+    def _outputs(self, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[UseRecorder, Tensor]:
+        recorder, returned = recorded_forward(self.module, inputs, parameters)
+        return recorder, tensor_of_outputs(returned, self.output)
 
     def _part(self, inputs: Inputs, update: int) -> Inputs:
         """`fraction` of the examples, from a place that moves with `update`; all where the batch axis is not plain."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -53,7 +54,8 @@ class KFAC(torch.optim.Optimizer):
             steps 1, 2, 4, 8, ... too.
         factor_fraction: the share of the batch (its first axis) for the statistics, never below min(N, 64) examples.
         max_factor_dim: a wider side of a weight gets a diagonal factor.
-        kl_clip: bound delta on lr^2 sum <V, grad> / 2, the KL divergence of one step; V is scaled down to it.
+        kl_clip: bound delta on lr^2 sum <V, grad> / 2, the KL divergence (nats) of one step before momentum; V is
+            scaled down to it (Wu et al. 2017, section 3). None: no bound, for which damping must be tuned first.
         fallback_lr: AdamW's learning rate for parameters without a block, at this lr: it follows lr's scheduler.
             Default lr / 10.
         seed: of the sampled targets.
@@ -68,6 +70,7 @@ class KFAC(torch.optim.Optimizer):
     _curvature: Curvature | None = None
     _module: nn.Module | None = None
     _loaded: dict[str, Any] | None = None
+    _uncounted: Tensor | None = None
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class KFAC(torch.optim.Optimizer):
         inverse_interval: int = 10,
         factor_fraction: float = 0.125,
         max_factor_dim: int = 8192,
-        kl_clip: float | None = None,
+        kl_clip: float | None = 1e-3,
         fallback_lr: float | None = None,
         seed: int = 0,
         compile: bool = True,
@@ -137,6 +140,7 @@ class KFAC(torch.optim.Optimizer):
         self._module = module
         self._step_function = CompiledStep(self._settings.compile)
         self._curvature = Curvature(module, self._settings, self._parameters())
+        self._hooks = weakref.finalize(self, self._curvature.close)
         self._names = [self._curvature.names[p] for p in self._parameters()]
 
     def attach(self, model: nn.Module) -> None:
@@ -155,7 +159,7 @@ class KFAC(torch.optim.Optimizer):
     def close(self) -> None:
         """Remove every hook from the model. The optimizer can't step again until `attach`."""
         if self._curvature is not None:
-            self._curvature.close()
+            self._hooks()
         self._curvature = None
         self._module = None
 
@@ -193,7 +197,7 @@ class KFAC(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if self._curvature is not None:
-            self._curvature.extend(self._parameters())
+            self._curvature.extend(self._parameters(), self.state)
             self._names = [self._curvature.names[p] for p in self._parameters()]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -210,6 +214,7 @@ class KFAC(torch.optim.Optimizer):
             RuntimeError: there are gradients, but the model was not called; or the optimizer has no model.
         """
         curvature = self._attached()
+        self._count_skipped()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -239,7 +244,20 @@ class KFAC(torch.optim.Optimizer):
         self._step_function(*assembly.assemble(self, parameters, curvature.blocks, unscale, finite))
         for group in self.param_groups:
             group["step"] += 1
+        self._uncounted = None if finite.device.type == "cpu" else finite
         return loss
+
+    def _count_skipped(self) -> None:
+        """Takes back the count of a step that the device skipped, when its answer no longer has to be waited for."""
+        if self._uncounted is not None and not bool(self._uncounted):
+            for group in self.param_groups:
+                group["step"] -= 1
+        self._uncounted = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim."""
+        self._count_skipped()
+        return super().state_dict()
 
     def _scaler_state(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
         """(what undoes a GradScaler's scale, whether every gradient is finite), both 0-d on the parameters' device."""
@@ -248,9 +266,8 @@ class KFAC(torch.optim.Optimizer):
         finite = torch.ones((), dtype=torch.bool, device=device)
         if grads:
             wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-            finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, 2, dtype=wide))).all()
-            if device.type == "cpu" and not bool(finite):  # a sum of squares may overflow where no gradient does
-                finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf, dtype=wide))).all()
+            # the largest entry, since a sum of squares may overflow where no gradient does
+            finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf, dtype=wide))).all()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:
             if scale is None and self._settings.fisher == "empirical":
@@ -272,6 +289,11 @@ class KFAC(torch.optim.Optimizer):
                 "called; or the model ran under torch.compile before KFAC(model) added its hook, which compiled code "
                 "ignores: build KFAC before the first compiled call; or zero_grad() came between backward() and step()"
             )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments that belong to no parameter group."""
+        return dict(vars(self._settings))
 
     @property
     def compile_seconds(self) -> float:
@@ -300,7 +322,10 @@ class KFAC(torch.optim.Optimizer):
         return self._attached().coverage(self._parameters())
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes of the state: factors, inverses, momentum, fallback, total. An estimate before the first step."""
+        """Bytes of the state: factors, inverses, momentum, fallback, total. An estimate before the first step.
+
+        With fisher="empirical" also "sums", what the taps collect between two steps.
+        """
         curvature = self._attached()
         blocks = curvature.known_blocks(self._parameters())
         factors = sum(kronecker.memory(weight, block.layout) for weight, block in blocks.items())
@@ -313,6 +338,7 @@ class KFAC(torch.optim.Optimizer):
             "momentum": sum(size for p, size in sizes.items() if p in covered and id(p) in momentum),
             "fallback": sum(2 * size for p, size in sizes.items() if p not in covered),
         }
+        usage |= curvature.memory_of_sums()
         return {**usage, "total": sum(usage.values())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from kfac_triton.blocks.layout import Layout
 
 log = logging.getLogger("kfac_triton")
 
+MAX_GRAPHS = 8  # sets of parameters with a gradient, as with experts or skipped layers; each costs a compilation
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 
 Scalar = float | Tensor
@@ -108,21 +109,26 @@ def step_(plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
         _adamw_(plan, hyper, group, fallback, i)
 
 
-def _gradient(plan: Plan, hyper: Hyper, parameter: Tensor, grad: Tensor) -> Tensor:
-    if not plan.gated:
-        return grad
-    return torch.where(hyper.finite, grad * hyper.unscale.to(grad.dtype), torch.zeros_like(grad))
+def _gradient(plan: Plan, hyper: Hyper, grad: Tensor, decay: Tensor | None = None) -> Tensor:
+    """The gradient, without a GradScaler's scale, plus `decay`; zero in a step that is skipped."""
+    if plan.gated:
+        grad = grad * hyper.unscale.to(grad.dtype)
+    if decay is not None:
+        grad = grad + decay
+    return torch.where(hyper.finite, grad, torch.zeros_like(grad)) if plan.gated else grad
+
+
+def _decay(plan: Plan, hyper: Hyper, parameter: Tensor, group: int) -> Tensor | None:
+    return parameter * hyper.weight_decay[group] if plan.weight_decay else None
 
 
 def _joint_gradient(plan: Plan, hyper: Hyper, blocks: Blocks, i: int) -> Tensor:
     """grad + weight_decay * parameter of weight and bias, as one matrix in the inverses' dtype."""
     layer = plan.layers[i]
-    weight = _gradient(plan, hyper, blocks.weights[i], blocks.weight_grads[i])
-    bias = _gradient(plan, hyper, blocks.biases[i], blocks.bias_grads[i]) if layer.bias_has_grad else None
-    if plan.weight_decay:
-        weight = weight + blocks.weights[i] * hyper.weight_decay[layer.group]
-        if bias is not None:
-            bias = bias + blocks.biases[i] * hyper.weight_decay[layer.bias_group]
+    weight = _gradient(plan, hyper, blocks.weight_grads[i], _decay(plan, hyper, blocks.weights[i], layer.group))
+    bias = None
+    if layer.bias_has_grad:
+        bias = _gradient(plan, hyper, blocks.bias_grads[i], _decay(plan, hyper, blocks.biases[i], layer.bias_group))
     return layer.layout.join(weight, bias).to(blocks.A_inv[i].dtype)
 
 
@@ -164,7 +170,7 @@ def _add_scaled_(parameter: Tensor, direction: Tensor, scale: Scalar, sign: floa
 def _adamw_(plan: Plan, hyper: Hyper, group: int, fallback: Fallback, i: int) -> None:
     """Loshchilov & Hutter (2019), algorithm 2, with the usual constants."""
     parameter, step = fallback.parameters[i], fallback.steps[i]
-    grad = _gradient(plan, hyper, parameter, fallback.grads[i])
+    grad = _gradient(plan, hyper, fallback.grads[i])
     lr, weight_decay = hyper.fallback_lr[group], hyper.weight_decay[group]
     if plan.gated:
         passed = hyper.finite.double()
@@ -192,6 +198,7 @@ class CompiledStep:
     def __init__(self, compile: bool) -> None:
         self.compile = compile
         self.seconds = 0.0
+        self._many = False
         self._steps: dict[Plan, Callable[[Hyper, Blocks, Fallback], None]] = {}
 
     def __call__(self, plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
@@ -199,8 +206,20 @@ class CompiledStep:
             step_(plan, hyper, blocks, fallback)
         elif plan in self._steps:
             self._steps[plan](hyper, blocks, fallback)
+        elif len(self._steps) == MAX_GRAPHS:
+            self._warn_many()
+            step_(plan, hyper, blocks, fallback)
         else:
             self._first(plan, hyper, blocks, fallback)
+
+    def _warn_many(self) -> None:
+        if not self._many:
+            log.warning(
+                "KFAC compiled %d graphs of its step, one for each set of parameters with a gradient; "
+                "for other sets it runs eagerly",
+                MAX_GRAPHS,
+            )
+        self._many = True
 
     def _first(self, plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
         reason = _why_not(blocks, fallback)

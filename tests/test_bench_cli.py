@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from kfac_triton.benchmarks import cli
+from kfac_triton.benchmarks import cli, environment
 
 FILE = """
 import torch
@@ -146,3 +147,10 @@ def test_help_imports_neither_optuna_nor_matplotlib() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert answer.stdout.splitlines()[-1] == "0 []"
+
+
+def test_the_code_of_a_result_is_named() -> None:
+    digest = environment.code_digest()
+    assert (
+        len(digest) == 12 and digest == environment.code_digest() == environment.describe(torch.device("cpu"))["code"]
+    )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, update
 
 # "exact" differs from "mc" in K-FAC's own pass alone, which is never compiled.
 FISHERS = ["mc", "empirical"]
@@ -130,15 +130,17 @@ def test_blocks_compiled_one_by_one(fisher, how):
     assert graph_breaks() == 0
 
 
-@pytest.mark.parametrize("fisher", ["exact", "empirical"])
 @pytest.mark.parametrize(
-    "passes",
+    ("fisher", "passes"),
     [
-        "one by one",
+        ("exact", "one by one"),
+        ("empirical", "one by one"),
         pytest.param(
+            "exact",
             "before one backward",
             marks=pytest.mark.xfail(strict=True, reason="compiled code notes one pass a backward; README, Limitations"),
         ),
+        ("empirical", "before one backward"),
     ],
 )
 def test_accumulation_in_a_compiled_model(fisher, passes):
@@ -329,6 +331,30 @@ def test_many_optimizers_in_one_process_each_compile(counter, caplog):
         optimizer.step()
     assert counter.frame_count == count
     assert not [record for record in caplog.records if record.name == "kfac_triton"]
+
+
+def test_ever_new_sets_of_gradients_end_in_eager_steps(counter, caplog, monkeypatch):
+    """Experts and skipped layers make a graph of every set of parameters with a gradient."""
+    monkeypatch.setattr(update, "MAX_GRAPHS", 2)
+    models = network(), network()
+    optimizers = [
+        kfac(model, compile=compile, inverse_interval=1) for model, compile in zip(models, (True, False), strict=True)
+    ]
+    with caplog.at_level(logging.WARNING, "kfac_triton"):
+        for first, last in ((0, 0), (0, 2), (2, 4), (0, 2), (2, 4)):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                F.cross_entropy(model(data()[0]), data()[1]).backward()
+                for p in list(model.parameters())[first:last]:
+                    p.grad = None
+                optimizer.step()
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=1e-5, atol=1e-7)
+    assert counter.frame_count == 2
+    assert (
+        [message for message in caplog.messages if "for other sets it runs eagerly" in message]
+        == caplog.messages[:1]
+        != []
+    )
 
 
 def test_a_skipped_step_of_a_compiled_optimizer(counter):

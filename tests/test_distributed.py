@@ -32,9 +32,36 @@ def train(rank: int, world: int, parallel: bool) -> dict[str, torch.Tensor]:
     return net.state_dict()
 
 
+class Experts(nn.Module):
+    """The first layer, then one of two experts: that of the rank."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.first = rank, nn.Linear(5, 4)
+        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(WORLD))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts[self.rank](self.first(x).tanh())
+
+
+def train_experts(rank: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    net = Experts(rank)
+    model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer = KFAC(model, likelihood="categorical", damping=1e-2, compile=False)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(6, 5)), torch.randint(3, (6,))).backward()
+        optimizer.step()
+    blocks = {name for name, block in optimizer.coverage().items() if block != "fallback"}
+    assert blocks == {"first.weight", "first.bias"}  # no other weight was seen by all ranks
+    return net.state_dict()
+
+
 def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     torch.save(train(rank, WORLD, parallel=True), f"{folder}/{rank}.pt")
+    torch.save(train_experts(rank), f"{folder}/experts{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -46,6 +73,9 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, expected in alone.items():
             torch.testing.assert_close(together[name], expected, rtol=1e-10, atol=1e-12)
+    # Ranks that see other weights each: what only one saw falls back, and the ranks stay together.
+    experts = [torch.load(tmp_path / f"experts{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    torch.testing.assert_close(experts[1], experts[0], rtol=0, atol=0)
 
 
 if __name__ == "__main__":

@@ -261,7 +261,14 @@ def identities():
 
 def path(model, x, y, steps, **options):
     """The outputs of the network after each of several steps."""
-    options = {"lr": 0.3, "likelihood": "gaussian", "fisher": "exact", "inverse_interval": 1, **options}
+    options = {
+        "lr": 0.3,
+        "kl_clip": None,
+        "likelihood": "gaussian",
+        "fisher": "exact",
+        "inverse_interval": 1,
+        **options,
+    }
     optimizer = KFAC(model, compile=False, factor_fraction=1.0, **options)
     outputs = []
     for _ in range(steps):

@@ -646,11 +646,13 @@ def test_a_layer_never_used_falls_back_and_is_named(fisher, caplog):
     before = model.never.weight.detach().clone()
     optimizer = kfac(model, fisher=fisher)
     x, y = data()
-    for _ in range(3):
-        optimizer.zero_grad()
-        backward(model, x, y)
-        optimizer.step()
+    with caplog.at_level(logging.INFO, "kfac_triton"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            backward(model, x, y)
+            optimizer.step()
     expert = f"experts.{int(x[0, 0] > 0)}"
+    assert sum("never.weight (no use" in message for message in caplog.messages) == 1
     coverage = optimizer.coverage()
     assert coverage["never.weight"] == coverage["never.bias"] == "fallback"
     assert coverage[f"{expert}.weight"] == coverage[f"{expert}.bias"] == "linear"
@@ -791,3 +793,89 @@ def test_a_block_that_is_lost_leaves_no_factors_behind():
     other = kfac(twin)
     other.load_state_dict(optimizer.state_dict())
     assert other.factors() == {}
+
+
+# ------------------------------------------------------------------------------------------------- unusual statistics
+
+
+def test_a_batch_of_which_no_term_counts_leaves_the_factors(caplog):
+    x, y = data()
+    model = network()
+    counted = torch.ones(12, dtype=torch.bool)
+    optimizer = kfac(model, mask=lambda inputs, outputs: counted, inverse_interval=1)
+    backward(model, x, y)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.factors())
+    counted.zero_()
+    optimizer.zero_grad()
+    backward(model, x, y)
+    with caplog.at_level(logging.WARNING, "kfac_triton"):
+        optimizer.step()
+    assert_same(optimizer.factors(), before)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_micro_batches_with_an_expert_each(fisher):
+    """Every expert sees one of two micro-batches; k stays two for both."""
+    model = Experts()
+    optimizer = kfac(model, fisher=fisher)
+    x, y = data()
+    x[:, 0] = x[:, 0].abs()
+    expected = {}
+    for expert, sign in ((1, 1), (0, -1)):
+        backward(model, sign * x, y, 0.5)
+        a = torch.cat([sign * x, torch.ones(12, 1)], 1)
+        g = (torch.softmax(model.experts[expert](sign * x), -1) - F.one_hot(y, 3)).detach()
+        expected[f"experts.{expert}"] = (a.T @ a / 24, g.T @ g / 12)
+    optimizer.step()
+    for name, (A, G) in expected.items():
+        torch.testing.assert_close(optimizer.factors()[name]["A"], A)
+        if fisher == "empirical":
+            torch.testing.assert_close(optimizer.factors()[name]["G"], G)
+
+
+class BiasOfATask(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.biases = nn.Parameter(torch.randn(3, 6)), nn.ParameterList(torch.zeros(3) for _ in range(2))
+        self.task = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.biases[self.task])
+
+
+def test_a_bias_that_changes_between_updates_starts_the_block_anew():
+    torch.manual_seed(0)
+    model = BiasOfATask()
+    optimizer = kfac(model)
+    for task in (0, 1, 1):
+        model.task = task
+        optimizer.zero_grad()
+        backward(model, *data())
+        optimizer.step()
+    assert optimizer.state[model.weight]["factor_updates"] == 2
+    assert optimizer.coverage()["biases.1"] == "linear"
+
+
+class WithDeviation(nn.Module):
+    """Returns a parameter beside the outputs, as policies do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.log_std = network(), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(x), self.log_std
+
+
+def test_a_parameter_among_the_outputs_keeps_no_batch():
+    model = WithDeviation()
+    optimizer = kfac(model, likelihood="gaussian", output=lambda returned: returned[0])
+    for step in range(3):
+        optimizer.zero_grad()
+        mean, log_std = model(data(seed=step)[0])
+        (mean.square().sum() + log_std.sum()).backward()
+        assert len(optimizer._curvature.root._kept) == 1
+        optimizer.step()
+    assert not model.log_std._backward_hooks

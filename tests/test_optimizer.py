@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable
 
@@ -25,7 +26,8 @@ def data(n: int = 12, seed: int = 1, dtype: torch.dtype = torch.float64) -> tupl
 
 
 def kfac(model: nn.Module, **options) -> KFAC:
-    defaults = {"likelihood": "categorical", "factor_fraction": 1.0, "lr": 0.05, "damping": 0.1, "compile": False}
+    defaults = {"likelihood": "categorical", "factor_fraction": 1.0, "lr": 0.05, "damping": 0.1}
+    defaults |= {"kl_clip": None, "compile": False}
     return KFAC(model, **{**defaults, **options})
 
 
@@ -499,6 +501,9 @@ def measured(optimizer: KFAC) -> dict[str, int]:
         "momentum_buffer": "momentum", "exp_avg": "fallback", "exp_avg_sq": "fallback",
     }  # fmt: skip
     usage = dict.fromkeys(["factors", "inverses", "momentum", "fallback"], 0)
+    if optimizer.settings["fisher"] == "empirical":  # A, G and G as compiled code sums it; rows and passes of each
+        factors = [pair for pair in optimizer.factors().values()]
+        usage["sums"] = sum(pair["A"].nbytes + 2 * pair["G"].nbytes + 2 * 8 for pair in factors)
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.dim():
@@ -557,3 +562,27 @@ def test_a_side_wider_than_max_factor_dim_holds_its_diagonal():
     torch.testing.assert_close(actual["G"], expected["G"], rtol=1e-12, atol=0)
     assert optimizer.coverage()["0.weight"] == "linear (diagonal A)"
     assert optimizer.coverage()["2.weight"] == "linear"
+
+
+def test_a_layer_made_later_joins_by_a_group_of_its_own():
+    """In front of the others, too, so that the indices of biases in the state move."""
+    model = network()
+    optimizer = kfac(model)
+    run(model, optimizer, 2)
+    model.insert(0, nn.Linear(6, 6).double())
+    optimizer.add_param_group({"params": model[0].parameters()})
+    run(model, optimizer, 2)
+    assert set(optimizer.coverage().values()) == {"linear"} and set(optimizer.factors()) == {"0", "1", "3"}
+    resumed = kfac(model, params=[{"params": group["params"]} for group in optimizer.param_groups])
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.coverage() == optimizer.coverage()
+
+
+def test_an_optimizer_that_nobody_holds_leaves_no_hook():
+    model = network()
+    optimizer = kfac(model, fisher="empirical")
+    run(model, optimizer, 1)
+    del optimizer
+    gc.collect()
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert hooks == [] and not any(p._post_accumulate_grad_hooks for p in model.parameters())

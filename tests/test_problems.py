@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kfac_triton.tuning import datasets, problems
+from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.problems import CURVES_WIDTHS, MNIST_WIDTHS, autoencoder, find_task
 
 
@@ -110,3 +111,26 @@ def test_a_digits_task_trains(name: str) -> None:
     with torch.no_grad():
         assert task.evaluate(model) < 0.5 * before
     assert task.data[0]["digest"] and task.data[0]["size"] == "1438 + 359"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bare_defaults_beat_untuned_sgd_on_the_digits_autoencoder(seed: int) -> None:
+    """Step for step, and never above where they began: the trust region of the defaults, without which they stall."""
+    pytest.importorskip("sklearn")
+    task = find_task("digits-autoencoder")
+    assert task.evaluate is not None
+    ends = {}
+    for name in ("sgd-default", "kfac-default"):
+        torch.manual_seed(seed)
+        model = task.model()
+        optimizer = find_entrant(name).build(model, task, {}, False)
+        with torch.no_grad():
+            begin = task.evaluate(model)
+        for _, (inputs, targets) in zip(range(100), task.batches(seed), strict=False):
+            optimizer.zero_grad()
+            task.loss(model(inputs), targets).backward()
+            optimizer.step()
+        with torch.no_grad():
+            ends[name] = task.evaluate(model)
+        assert ends[name] < begin
+    assert ends["kfac-default"] < ends["sgd-default"]

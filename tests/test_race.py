@@ -226,12 +226,21 @@ def test_a_request_that_cannot_be_is_refused(changes: dict[str, Any], said: str)
 def test_a_folder_of_somebody_else_is_refused_and_never_deleted(tmp_path: Path) -> None:
     request, foreign = Request(("digits",), ("sgd",)), tmp_path / "thesis.txt"
     foreign.write_text("years of work")
-    with pytest.raises(Mistake, match="is not empty and holds no kfac-bench run"):
-        open_folder(tmp_path, request, overwrite=False)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "old.json").write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(Mistake, match="is not empty and holds no kfac-bench run"):
+            open_folder(tmp_path, request, overwrite=overwrite)
+    assert foreign.read_text() == "years of work" and (tmp_path / "runs" / "old.json").is_file()
+
+
+def test_overwrite_clears_a_run_of_ours_and_nothing_else(tmp_path: Path) -> None:
+    request, foreign = Request(("digits",), ("sgd",)), tmp_path / "thesis.txt"
+    write_plan(tmp_path, request, derive(request))
+    foreign.write_text("years of work")
+    (tmp_path / "runs").mkdir()
     assert open_folder(tmp_path, request, overwrite=True) is None
-    assert foreign.read_text() == "years of work" and not (tmp_path / "runs").exists()
+    assert list(tmp_path.iterdir()) == [foreign]
 
 
 def test_another_plan_in_the_folder_is_refused_and_the_same_one_resumed(tmp_path: Path) -> None:

@@ -447,3 +447,28 @@ def test_the_state_of_a_parameter_that_changes_its_kind():
         names = {name for name in optimizer.state[model.weight] if name in ("momentum_buffer", "exp_avg", "exp_avg_sq")}
         assert names == ({"exp_avg", "exp_avg_sq"} if scale > 1 else {"momentum_buffer"})
     assert torch.isfinite(model.weight).all()
+
+
+class FlatProjection(nn.Module):
+    """A convolution's weight used as a linear map of patches, as some vision transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj = nn.Conv2d(1, 3, (2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def test_the_operation_of_a_block_is_part_of_the_state():
+    """Not guessed from the weight's axes: the resumed factors go on instead of starting anew."""
+    models = FlatProjection(), FlatProjection()
+    optimizers = [kfac(model, factor_interval=1) for model in models]
+    train(models[0], optimizers[0], range(2))
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, range(2, 4))
+        assert optimizer.state[model.proj.weight]["factor_updates"] == 4
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))

@@ -27,6 +27,10 @@ def factory():
         target=0.5,
     )
 
+def unlikely():
+    task = factory()
+    return Task(task.model, task.batches, task.loss, "poisson")
+
 def wrong():
     return 3
 
@@ -72,10 +76,11 @@ def test_a_module_is_loaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("factory", "said"),
     [
-        ("missing", "has no callable 'missing'; it defines broken, factory, wrong"),
+        ("missing", "has no callable 'missing'; it defines broken, factory, unlikely, wrong"),
         ("number", "has no callable 'number'"),
         ("wrong", "returned int; return kfac_triton.tuning.Task"),
         ("broken", "RuntimeError: no luck"),
+        ("unlikely", "likelihood must be \"categorical\", .*; got 'poisson'"),
     ],
 )
 def test_a_bad_factory_is_named(file: Path, factory: str, said: str) -> None:

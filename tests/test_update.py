@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from copy import deepcopy
+from dataclasses import replace
 
 import dense
 import pytest
 import torch
 from torch import nn
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, assembly
+from kfac_triton.update import step_
 
 # Layers of the model below, by the names of their parameters; widths all differ.
 LAYERS = {"0": ("0.weight", "0.bias"), "2": ("2.weight", "2.bias"), "4": ("4.weight", None)}
-OPTIONS = {"likelihood": "categorical", "fisher": "mc", "compile": False, "factor_fraction": 1.0}
+OPTIONS = {"likelihood": "categorical", "fisher": "mc", "compile": False, "factor_fraction": 1.0, "kl_clip": None}
 
 
 def model_and_batches():
@@ -154,7 +157,7 @@ def test_lr_as_a_tensor(dtype):
 def test_lr_zero_moves_nothing_but_the_momentum(lr, kl_clip):
     """A warm-up starts there: no division by lr, and the momentum is V when lr comes."""
     model, ((x, y), *_) = model_and_batches()
-    optimizer = KFAC(model, lr=lr, momentum=0.9, damping=1e-2, kl_clip=kl_clip, **OPTIONS)
+    optimizer = KFAC(model, lr=lr, momentum=0.9, damping=1e-2, **{**OPTIONS, "kl_clip": kl_clip})
     before = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):
         optimizer.zero_grad()
@@ -178,7 +181,7 @@ def test_without_momentum_there_are_no_buffers():
 def displacements(params, kl_clip, batch):
     """(lr of each parameter, its gradient with l2, how far one step without momentum moves it)."""
     model = model_and_batches()[0]
-    options = {"lr": 0.5, "momentum": 0.0, "damping": 1e-3, "kl_clip": kl_clip, **OPTIONS}
+    options = {**OPTIONS, "lr": 0.5, "momentum": 0.0, "damping": 1e-3, "kl_clip": kl_clip}
     optimizer = KFAC(model, None if params is None else params(model), **options)
     nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
     before = [p.detach().clone() for p in model.parameters()]
@@ -210,7 +213,7 @@ def test_the_trust_region_bounds_the_step(kl_clip, active, params):
 def test_the_trust_region_does_not_hold_the_momentum_back():
     """nu scales V before it enters the buffer: with momentum and no new gradient the buffer still moves the weights."""
     model, ((x, y), *_) = model_and_batches()
-    optimizer = KFAC(model, lr=0.5, momentum=0.8, damping=1e-3, kl_clip=1e-4, **OPTIONS)
+    optimizer = KFAC(model, lr=0.5, momentum=0.8, damping=1e-3, **{**OPTIONS, "kl_clip": 1e-4})
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     buffers = [optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
@@ -367,3 +370,31 @@ def test_a_model_without_any_block_is_trained_by_adamw_alone():
 
     _, x, _ = scaled()
     adamw_beside(Scale().double(), x, torch.arange(12) % 5, {"lr": 0.03, "weight_decay": 0.0}, lr=0.3, kl_clip=1e-2)
+
+
+# A step that the device skips: it alone knows whether the gradients are finite.
+
+
+def test_a_skipped_step_on_the_device_changes_nothing():
+    """Weight decay included, with infinite gradients; afterwards the step is not counted."""
+    model, x, y = scaled()
+    optimizer = KFAC(model, likelihood="categorical", lr=0.3, momentum=0.9, weight_decay=0.1, compile=False)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.grad.fill_(math.inf)
+    before = deepcopy((model.state_dict(), dict(optimizer.state)))
+    finite, one = torch.tensor(False), torch.ones((), dtype=torch.float64)
+    plan, *tensors = assembly.assemble(optimizer, parameters, optimizer._curvature.blocks, one, finite)
+    with torch.no_grad():
+        step_(replace(plan, gated=True), *tensors)
+    after = (model.state_dict(), dict(optimizer.state))
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+    for now, then in zip(after[1].values(), before[1].values(), strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
+    optimizer._uncounted = finite
+    assert optimizer.state_dict()["param_groups"][0]["step"] == 1
+    assert optimizer.state_dict()["param_groups"][0]["step"] == 1

@@ -91,6 +91,14 @@ def find_entrant(name: str) -> Entrant:
     return ENTRANTS[name]
 
 
+def in_force(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Every hyper-parameter of a fresh optimizer, defaults included: its first group's and K-FAC's settings."""
+    group = {name: value for name, value in optimizer.param_groups[0].items() if name not in ("params", "step")}
+    plain = (bool, int, float, str, tuple, type(None))
+    every = {**group, **getattr(optimizer, "settings", {})}
+    return {name: value if isinstance(value, plain) else repr(value) for name, value in every.items()}
+
+
 def apply_schedule(
     optimizer: torch.optim.Optimizer, initial: list[dict[str, Any]], hyper: Hyper, progress: float
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kfac_triton.likelihoods import as_likelihood
 from kfac_triton.tuning.errors import Mistake
 
 Batches = Callable[[int], Iterator[tuple[Any, Any]]]
@@ -71,6 +72,10 @@ def load_user_task(spec: str) -> Task:
         raise Mistake(
             f"task {spec!r}: {factory_name}() returned {type(task).__name__}; return kfac_triton.tuning.Task(...)"
         )
+    try:
+        as_likelihood(task.likelihood)
+    except ValueError as error:
+        raise Mistake(f"task {spec!r}: {error}") from error
     named = replace(task, name=task.name or spec)
     return named if named.data else replace(named, data=(_source_provenance(spec, module),))
 

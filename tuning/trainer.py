@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.tuning.baselines import Entrant, Hyper, apply_schedule, initial_values
+from kfac_triton.tuning.baselines import Entrant, Hyper, apply_schedule, in_force, initial_values
 from kfac_triton.tuning.task import Task
 
 EVALUATION_SEED = 2**31 - 1  # of the batches that judge a task without `evaluate`
@@ -39,7 +39,8 @@ class Point:
 
 @dataclass
 class Run:
-    """What a training run left. `ended` is "done", "diverged" or "pruned", `reason` says why in words."""
+    """What a training run left. `ended` is "done", "diverged" or "pruned", `reason` says why in words; `in_force` holds
+    every hyper-parameter that it began with."""
 
     points: list[Point] = field(default_factory=list)
     steps: int = 0
@@ -49,6 +50,7 @@ class Run:
     compile_seconds: float = 0.0
     ended: str = "done"
     reason: str = ""
+    in_force: dict[str, Any] = field(default_factory=dict)
 
     @property
     def final(self) -> float:
@@ -101,6 +103,7 @@ def train(task: Task, entrant: Entrant, hyper: Hyper, seed: int, budget: Budget)
     torch.manual_seed(seed)
     model = task.model().to(budget.device)
     optimizer = entrant.build(model, task, hyper, budget.compile)
+    run.in_force = in_force(optimizer)
     try:
         _loop(task, model, optimizer, hyper, seed, budget, run)
     finally:

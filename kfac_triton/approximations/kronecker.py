@@ -34,10 +34,22 @@ class Statistics:
     ones: bool
     sums: tuple[Tensor, Tensor] | None = None
 
+    def counts(self) -> Tensor:
+        """Whether there is anything in them (0-d bool)."""
+        held = (*self.a, *self.g) if self.sums is None else self.sums
+        return (_tensor(self.terms, held[0]) > 0) & (_tensor(self.rows, held[0]) > 0)
+
     def magnitudes(self) -> list[Tensor]:
         """Norms, finite if and only if the factors from these statistics are."""
         held = (*self.a, *self.g) if self.sums is None else self.sums
         return [torch.linalg.vector_norm(t, dtype=_wide(t.dtype)) for t in held]
+
+
+def _tensor(count: float | Tensor, like: Tensor) -> Tensor:
+    """A count as a 0-d tensor of the wide dtype on the device of `like`."""
+    if isinstance(count, Tensor):
+        return count.to(like.device, _wide(like.dtype))
+    return torch.full((), float(count), dtype=_wide(like.dtype), device=like.device)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -54,6 +66,7 @@ def initialise(state: dict[str, Any], weight: Tensor, layout: Layout, bias_index
     for name, shape in zip("AG", layout.factor_shapes(weight.shape), strict=True):
         state[name] = torch.zeros(shape, dtype=factor_dtype(weight), device=weight.device)
     state["factor_updates"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+    state["conv"] = int(layout.operation == "conv")
     state["groups"] = layout.groups
     state["transposed"] = int(layout.transposed)
     state["bias"] = bias_index
@@ -63,7 +76,7 @@ def restored_layout(state: dict[str, Any], weight: Tensor) -> Layout:
     """The layout that `initialise` wrote into the state."""
     dense = 3 if state["groups"] > 1 else 2
     return Layout(
-        "linear" if weight.dim() == 2 else "conv",
+        "conv" if state["conv"] else "linear",
         transposed=bool(state["transposed"]),
         groups=int(state["groups"]),
         bias=state["bias"] >= 0,
@@ -78,18 +91,16 @@ def update_factors(state: dict[str, Any], statistics: Statistics, decay: float, 
     k += ok
     beta, weight = factors.average_weights(k.to(state["A"].dtype), decay, ok)
     layout = statistics.layout
+    terms, rows = (_tensor(count, state["A"]).clamp(min=1) for count in (statistics.terms, statistics.rows))
     if statistics.sums is not None:
-        counts = (statistics.terms, statistics.rows)
-        for name, total, count in zip("AG", statistics.sums, counts, strict=True):
+        for name, total, count in zip("AG", statistics.sums, (terms, rows), strict=True):
             averaged = beta * state[name] + weight / count * total
             state[name].copy_(torch.where(ok, averaged, state[name]))
         return
     factors.accumulate_(
-        state["A"], statistics.a, weight / statistics.terms, beta, bias=statistics.ones, diagonal=layout.diagonal_A
+        state["A"], statistics.a, weight / terms, beta, bias=statistics.ones, diagonal=layout.diagonal_A
     )
-    factors.accumulate_(
-        state["G"], statistics.g, weight / statistics.rows, beta, bias=False, diagonal=layout.diagonal_G
-    )
+    factors.accumulate_(state["G"], statistics.g, weight / rows, beta, bias=False, diagonal=layout.diagonal_G)
 
 
 def update_inverses(state: dict[str, Any], layout: Layout, damping: float | Tensor) -> bool:
