@@ -266,8 +266,10 @@ class KFAC(torch.optim.Optimizer):
         finite = torch.ones((), dtype=torch.bool, device=device)
         if grads:
             wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-            # the largest entry, since a sum of squares may overflow where no gradient does
-            finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf, dtype=wide))).all()
+            finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, 2, dtype=wide))).all()
+            # A sum of squares may overflow where no gradient does; the largest entry is dear on a CPU, which asks first
+            if device.type != "cpu" or not bool(finite):
+                finite |= torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf, dtype=wide))).all()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:
             if scale is None and self._settings.fisher == "empirical":
