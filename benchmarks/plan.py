@@ -191,7 +191,7 @@ def open_folder(folder: Path, request: Request, overwrite: bool) -> Plan | None:
         there, plan = _load(folder)
         _same(folder, there, request)
         return plan
-    elif folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise Mistake(f"--out {folder} is not empty and holds no kfac-bench run; name another folder")
     return None
 

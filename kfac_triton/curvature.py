@@ -128,7 +128,7 @@ class Curvature:
         if not statistics:
             return
         finite = torch.isfinite(torch.stack([torch.stack(s.magnitudes()).sum() for s in statistics.values()]))
-        usable = finite & torch.stack([s.counts() for s in statistics.values()])
+        usable = finite & torch.stack([s.present() for s in statistics.values()])
         distributed.all_agree_(usable)
         for (weight, own), ok in zip(statistics.items(), usable.unbind(), strict=True):
             self._adopt(weight, own.layout, own.bias, state)

@@ -115,7 +115,7 @@ def test_a_digits_task_trains(name: str) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_bare_defaults_beat_untuned_sgd_on_the_digits_autoencoder(seed: int) -> None:
-    """Step for step, and never above where they began: the trust region of the defaults, without which they stall."""
+    """Step for step, and by far: without the trust region of the defaults they stall beside SGD at the mean image."""
     pytest.importorskip("sklearn")
     task = find_task("digits-autoencoder")
     assert task.evaluate is not None
@@ -126,11 +126,11 @@ def test_bare_defaults_beat_untuned_sgd_on_the_digits_autoencoder(seed: int) -> 
         optimizer = find_entrant(name).build(model, task, {}, False)
         with torch.no_grad():
             begin = task.evaluate(model)
-        for _, (inputs, targets) in zip(range(100), task.batches(seed), strict=False):
+        for _, (inputs, targets) in zip(range(250), task.batches(seed), strict=False):
             optimizer.zero_grad()
             task.loss(model(inputs), targets).backward()
             optimizer.step()
         with torch.no_grad():
             ends[name] = task.evaluate(model)
         assert ends[name] < begin
-    assert ends["kfac-default"] < ends["sgd-default"]
+    assert ends["kfac-default"] < 0.6 * ends["sgd-default"]

@@ -34,8 +34,8 @@ class Statistics:
     ones: bool
     sums: tuple[Tensor, Tensor] | None = None
 
-    def counts(self) -> Tensor:
-        """Whether there is anything in them (0-d bool)."""
+    def present(self) -> Tensor:
+        """Whether a loss term and a row are in them (0-d bool)."""
         held = (*self.a, *self.g) if self.sums is None else self.sums
         return (_tensor(self.terms, held[0]) > 0) & (_tensor(self.rows, held[0]) > 0)
 
