@@ -6,7 +6,8 @@ B, as the groups of a convolution do. A factor with one axis less is a diagonal,
 
 A dense layer takes 2 d_out d_in (d_out + d_in) floating-point operations in either order of the two products, and one
 intermediate of V's size in either, so A_inv always goes first. It reads d_out^2 + d_in^2 + 2 d_out d_in elements and
-writes 2 d_out d_in. A diagonal factor goes last, in place on out, and needs no intermediate.
+writes 2 d_out d_in. A diagonal factor goes last, in place on out, and needs no intermediate. The intermediate lies in
+memory as out does, so who calls with aligned rows has both products write aligned rows.
 
 One program of the kernel computes one tile of one matrix product; the matrices of a launch share shapes and strides,
 and a table of addresses says where each one is. Two launches serve any number of equal layers.
@@ -42,7 +43,7 @@ def reference(out: list[Tensor], G_inv: list[Tensor], V: list[Tensor], A_inv: li
     layers = _layers(out, G_inv, V, A_inv)
     scratch: dict[torch.dtype, Tensor] = {}
     for dtype in {o.dtype for o in out}:
-        sizes = [o.numel() for o, G, _, A in layers if o.dtype == dtype and _dense(o, G, A)]
+        sizes = [_span(o) for o, G, _, A in layers if o.dtype == dtype and _dense(o, G, A)]
         scratch[dtype] = out[0].new_empty(max(sizes, default=0), dtype=dtype)
     for o, G, v, A in layers:
         _product(o, G, v.to(o.dtype), A, scratch[o.dtype])
@@ -56,13 +57,18 @@ def _layers(out: list[Tensor], G_inv: list[Tensor], V: list[Tensor], A_inv: list
     return list(zip(out, G_inv, V, A_inv, strict=True))
 
 
+def _span(t: Tensor) -> int:
+    """Elements from the first to the last one in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+
+
 def _dense(out: Tensor, G: Tensor, A: Tensor) -> bool:
     return out.ndim == G.ndim == A.ndim
 
 
 def _product(out: Tensor, G: Tensor, V: Tensor, A: Tensor, scratch: Tensor) -> None:
     if _dense(out, G, A):
-        VA = scratch[: out.numel()].view(out.shape)
+        VA = scratch.as_strided(out.shape, out.stride())
         torch.matmul(V, A, out=VA)
         torch.matmul(G, VA, out=out)
     elif G.ndim == out.ndim:
@@ -138,8 +144,8 @@ def launch(
     """Runs the kernel on dense float32 layers: two launches for each bucket of equal shapes, strides and dtypes."""
     for bucket in _buckets(_layers(out, G_inv, V, A_inv)):
         o, G, v, A = (list(column) for column in zip(*bucket, strict=True))
-        scratch = o[0].new_empty(len(o), *o[0].shape)
-        VA = list(scratch.unbind())
+        scratch = o[0].new_empty(len(o), -(-_span(o[0]) // 4) * 4)  # the kernel copies 16 bytes where it may
+        VA = [one.as_strided(o[0].shape, o[0].stride(), one.storage_offset()) for one in scratch]
         _grouped(VA, [x.float() if x.dtype == torch.float64 else x for x in v], A, tile, precision)
         _grouped(o, G, VA, tile, precision)
 

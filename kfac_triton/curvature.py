@@ -132,7 +132,8 @@ class Curvature:
         distributed.all_agree_(usable)
         for (weight, own), ok in zip(statistics.items(), usable.unbind(), strict=True):
             self._adopt(weight, own.layout, own.bias, state)
-            kronecker.update_factors(state[weight], own, group_of(weight)["factor_decay"], ok)
+            decay = group_of(weight)["factor_decay"]
+            kronecker.update_factors(state[weight], own, decay, ok, at_once=distributed.active())
         self._suspects = list(zip(statistics, finite.unbind(), strict=True))
         distributed.average_([state[w][name] for w in statistics for name in "AG"])
         if finite.device.type == "cpu":

@@ -11,18 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _active() -> bool:
+def active() -> bool:
+    """Whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def rank() -> int:
     """This process's rank; 0 alone."""
-    return dist.get_rank() if _active() else 0
+    return dist.get_rank() if active() else 0
 
 
 def average_(tensors: list[Tensor]) -> None:
     """Replaces every tensor by its mean over the ranks, which must all call this with tensors of the same shapes."""
-    if not _active():
+    if not active():
         return
     handles = [dist.all_reduce(t, async_op=True) for t in tensors]
     for t, handle in zip(tensors, handles, strict=True):
@@ -32,7 +33,7 @@ def average_(tensors: list[Tensor]) -> None:
 
 def common(flags: list[bool], device: torch.device) -> list[bool]:
     """Which of the flags hold on all ranks; every rank calls this with as many."""
-    if not _active():
+    if not active():
         return flags
     votes = torch.tensor(flags, device=device)
     all_agree_(votes)
@@ -42,7 +43,7 @@ def common(flags: list[bool], device: torch.device) -> list[bool]:
 
 def all_agree_(flags: Tensor) -> None:
     """Replaces every bool by whether it holds on all ranks."""
-    if _active():
+    if active():
         votes = flags.float()
         dist.all_reduce(votes, op=dist.ReduceOp.MIN)
         flags.copy_(votes > 0)

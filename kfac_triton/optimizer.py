@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from kfac_triton import arguments, assembly, checkpoint
-from kfac_triton.approximations import kronecker
+from kfac_triton.approximations import average, kronecker
 from kfac_triton.curvature import Curvature
 from kfac_triton.likelihoods import Likelihood
 from kfac_triton.update import CompiledStep
@@ -303,7 +303,7 @@ class KFAC(torch.optim.Optimizer):
         return self._step_function.seconds
 
     def factors(self) -> dict[str, dict[str, Tensor]]:
-        """{name of the weight, less ".weight": {"A": (d_in[+1], d_in[+1]), "G": (d_out, d_out)}}.
+        """{name of the weight, less ".weight": {"A": (d_in[+1], d_in[+1]), "G": (d_out, d_out)}}, copies.
 
         float32, or float64 under a float64 model; the bias is the last row and column of A. torch.kron(G, A) is the
         block of the Fisher of the mean nll, for the weight's rows with the bias as last column. A grouped convolution
@@ -312,8 +312,7 @@ class KFAC(torch.optim.Optimizer):
         curvature = self._attached()
         return {
             curvature.names[weight].removesuffix(".weight"): {
-                "A": self.state[weight]["A"],
-                "G": self.state[weight]["G"],
+                name: average.settled(self.state[weight], name) for name in "AG"
             }
             for weight in curvature.blocks
             if self.state[weight]["factor_updates"] > 0
@@ -324,13 +323,19 @@ class KFAC(torch.optim.Optimizer):
         return self._attached().coverage(self._parameters())
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes of the state: factors, inverses, momentum, fallback, total. An estimate before the first step.
+        """Bytes of the state: factors, inverses, momentum, fallback, rows, total. An estimate before the first step.
 
+        "rows" wait for the next product that updates a factor, where a pass brings few; the estimate is their most.
         With fisher="empirical" also "sums", what the taps collect between two steps.
         """
         curvature = self._attached()
         blocks = curvature.known_blocks(self._parameters())
         factors = sum(kronecker.memory(weight, block.layout) for weight, block in blocks.items())
+        if curvature.observed:
+            rows = sum(average.memory_held(self.state[weight]) for weight in blocks)
+        else:
+            own_pass = self._settings.fisher != "empirical"
+            rows = sum(kronecker.memory_of_rows(weight, block.layout) for weight, block in blocks.items() if own_pass)
         covered = {*blocks, *(block.bias for block in blocks.values())}
         sizes = {p: p.numel() * p.element_size() for p in self._parameters()}
         momentum = {id(p) for g in self.param_groups if g["momentum"] != 0 for p in g["params"]}
@@ -339,6 +344,7 @@ class KFAC(torch.optim.Optimizer):
             "inverses": factors,
             "momentum": sum(size for p, size in sizes.items() if p in covered and id(p) in momentum),
             "fallback": sum(2 * size for p, size in sizes.items() if p not in covered),
+            "rows": rows,
         }
         usage |= curvature.memory_of_sums()
         return {**usage, "total": sum(usage.values())}

@@ -26,6 +26,7 @@ from kfac_triton.blocks.layout import Layout
 log = logging.getLogger("kfac_triton")
 
 MAX_GRAPHS = 8  # sets of parameters with a gradient, as with experts or skipped layers; each costs a compilation
+ROW_ALIGNMENT = 16  # elements: 64 bytes of float32
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 
 Scalar = float | Tensor
@@ -95,7 +96,7 @@ class Fallback:
 def step_(plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
     """One step on every parameter of the plan, in place."""
     grads = [_joint_gradient(plan, hyper, blocks, i) for i in range(len(plan.layers))]
-    V = [torch.empty_like(grad, memory_format=torch.contiguous_format) for grad in grads]
+    V = [_aligned_like(grad) for grad in grads]
     if V:
         ops.kron_matmul_(V, blocks.G_inv, grads, blocks.A_inv)
     nu = _trust_region(plan, hyper, V, grads) if plan.trust_region else None
@@ -130,6 +131,13 @@ def _joint_gradient(plan: Plan, hyper: Hyper, blocks: Blocks, i: int) -> Tensor:
     if layer.bias_has_grad:
         bias = _gradient(plan, hyper, blocks.bias_grads[i], _decay(plan, hyper, blocks.biases[i], layer.bias_group))
     return layer.layout.join(weight, bias).to(blocks.A_inv[i].dtype)
+
+
+def _aligned_like(grad: Tensor) -> Tensor:
+    """Space of grad's shape whose rows start at multiples of 16 elements: a joint bias makes most widths odd, and the
+    products of the `mnist` autoencoder took 63 ms with those, 54 ms with these (medians, two cores)."""
+    width = grad.shape[-1]
+    return grad.new_empty(*grad.shape[:-1], -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT)[..., :width]
 
 
 def _trust_region(plan: Plan, hyper: Hyper, V: list[Tensor], grads: list[Tensor]) -> list[Tensor]:

@@ -499,8 +499,9 @@ def measured(optimizer: KFAC) -> dict[str, int]:
     kinds = {
         "A": "factors", "G": "factors", "A_inv": "inverses", "G_inv": "inverses",
         "momentum_buffer": "momentum", "exp_avg": "fallback", "exp_avg_sq": "fallback",
+        "A_rows": "rows", "G_rows": "rows", "A_weights": "rows", "G_weights": "rows",
     }  # fmt: skip
-    usage = dict.fromkeys(["factors", "inverses", "momentum", "fallback"], 0)
+    usage = dict.fromkeys(["factors", "inverses", "momentum", "fallback", "rows"], 0)
     if optimizer.settings["fisher"] == "empirical":  # A, G and G as compiled code sums it; rows and passes of each
         factors = [pair for pair in optimizer.factors().values()]
         usage["sums"] = sum(pair["A"].nbytes + 2 * pair["G"].nbytes + 2 * 8 for pair in factors)

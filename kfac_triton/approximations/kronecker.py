@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import factors
+from kfac_triton.approximations import average
 from kfac_triton.blocks.layout import Layout
 
 
@@ -85,28 +86,42 @@ def restored_layout(state: dict[str, Any], weight: Tensor) -> Layout:
     )
 
 
-def update_factors(state: dict[str, Any], statistics: Statistics, decay: float, ok: Tensor) -> None:
-    """Moves A and G towards the statistics; where `ok` (0-d bool) is false nothing changes."""
+def update_factors(
+    state: dict[str, Any], statistics: Statistics, decay: float, ok: Tensor, *, at_once: bool = False
+) -> None:
+    """Moves A and G towards the statistics; where `ok` (0-d bool) is false nothing changes.
+
+    A few rows wait in the state for later ones, but for `at_once`; `settle` brings A and G up to date.
+    """
     k = state["factor_updates"]
     k += ok
     beta, weight = factors.average_weights(k.to(state["A"].dtype), decay, ok)
     layout = statistics.layout
     terms, rows = (_tensor(count, state["A"]).clamp(min=1) for count in (statistics.terms, statistics.rows))
     if statistics.sums is not None:
+        settle(state)
         for name, total, count in zip("AG", statistics.sums, (terms, rows), strict=True):
             averaged = beta * state[name] + weight / count * total
             state[name].copy_(torch.where(ok, averaged, state[name]))
         return
-    factors.accumulate_(
-        state["A"], statistics.a, weight / terms, beta, bias=statistics.ones, diagonal=layout.diagonal_A
-    )
-    factors.accumulate_(state["G"], statistics.g, weight / rows, beta, bias=False, diagonal=layout.diagonal_G)
+    for name, held, count, ones, diagonal in (
+        ("A", statistics.a, terms, statistics.ones, layout.diagonal_A),
+        ("G", statistics.g, rows, False, layout.diagonal_G),
+    ):
+        average.update_(state, name, held, weight / count, beta, bias=ones, diagonal=diagonal, at_once=at_once)
+
+
+def settle(state: dict[str, Any]) -> None:
+    """Brings A and G up to date with every update so far."""
+    for name in "AG":
+        average.settle_(state, name)
 
 
 def update_inverses(state: dict[str, Any], layout: Layout, damping: float | Tensor) -> bool:
     """Refreshes A_inv and G_inv; false where no finite inverse was found and the last ones stay."""
     if not state["factor_updates"] > 0:
         return True
+    settle(state)
     inverses = factors.damped_inverses(
         state["A"], state["G"], damping, diagonal_A=layout.diagonal_A, diagonal_G=layout.diagonal_G
     )
@@ -118,5 +133,11 @@ def update_inverses(state: dict[str, Any], layout: Layout, damping: float | Tens
 
 def memory(weight: Tensor, layout: Layout) -> int:
     """Bytes of A and G; the inverses take as many again."""
-    size = 8 if factor_dtype(weight) == torch.float64 else 4
-    return size * sum(torch.Size(shape).numel() for shape in layout.factor_shapes(weight.shape))
+    return factor_dtype(weight).itemsize * sum(torch.Size(s).numel() for s in layout.factor_shapes(weight.shape))
+
+
+def memory_of_rows(weight: Tensor, layout: Layout) -> int:
+    """Bytes for the rows that wait, if a pass brings so few that they do."""
+    diagonals = (layout.diagonal_A, layout.diagonal_G)
+    sides = zip(layout.dims(weight.shape), diagonals, strict=True) if layout.groups == 1 else ()
+    return sum(average.memory(d, factor_dtype(weight)) for d, diagonal in sides if not diagonal)
