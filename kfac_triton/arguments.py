@@ -30,6 +30,7 @@ class Settings:
     approximation: str
     weight_sharing: str
     factor_fraction: float
+    quadratic_fraction: float
     max_factor_dim: int
     seed: int
     compile: bool
@@ -45,6 +46,7 @@ class Settings:
             )
         _number("loss_scale", self.loss_scale, above=0.0)
         _number("factor_fraction", self.factor_fraction, above=0.0, most=1.0)
+        _number("quadratic_fraction", self.quadratic_fraction, above=0.0, most=1.0)
         _integer("max_factor_dim", self.max_factor_dim)
         _integer("seed", self.seed, least=0)
         for name, value in (("output", self.output), ("mask", self.mask)):
@@ -73,17 +75,58 @@ def checked_model(model: object) -> nn.Module:
     )
 
 
+DEFAULT_KL_CLIP = 1e-3
+DEFAULT_FALLBACK_LR = 1e-3  # of AdamW, where lr is a multiplier of the adaptive step length
+PAPER_DAMPING = 150.0
+
+
+def adaptive_groups(
+    lr: Any,
+    momentum: Any,
+    damping: Any,
+    initial_damping: float | None,
+    kl_clip: Any,
+    likelihood: Any,
+) -> dict[str, Any]:
+    """The hyper-parameters that may be "adaptive": flags, and the numbers that stand beside them.
+
+    An adaptive lr or momentum has a multiplier of 1; an adaptive damping starts from `initial_damping`.
+    """
+    group: dict[str, Any] = {}
+    for name, value, start in (
+        ("lr", lr, 1.0), ("momentum", momentum, 1.0), ("damping", damping, initial_damping or PAPER_DAMPING)
+    ):  # fmt: skip
+        if isinstance(value, str) and value != "adaptive":
+            raise ValueError(f'{name} must be a number or "adaptive"; got {value!r}')
+        group[f"adaptive_{name}"] = value == "adaptive" if isinstance(value, str) else False
+        group[name] = start if group[f"adaptive_{name}"] else value
+    adaptive = [name for name in ("lr", "momentum", "damping") if group[f"adaptive_{name}"]]
+    if adaptive and likelihood is None:
+        raise ValueError(f'{adaptive[0]}="adaptive" needs likelihood, whose Fisher is in the quadratic model')
+    if initial_damping is not None:
+        if not group["adaptive_damping"]:
+            raise ValueError(f'initial_damping belongs to damping="adaptive"; got {initial_damping!r}, {damping!r}')
+        _number("initial_damping", initial_damping, above=0.0)
+    if kl_clip == "default":
+        kl_clip = None if group["adaptive_lr"] else DEFAULT_KL_CLIP
+    if kl_clip is not None and group["adaptive_lr"]:
+        raise ValueError(f'kl_clip must be None with lr="adaptive", which finds its own length; got {kl_clip!r}')
+    group["kl_clip"] = math.inf if kl_clip is None else kl_clip
+    return group
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Checks the hyper-parameters of one group, which are numbers or (lr) a 0-d tensor."""
     for name in ("lr", "momentum", "damping"):
         value = group[name]
         if not isinstance(value, (int, float, Tensor)):
             allowed = "a number or a 0-d tensor" if name == "lr" else "a number"
-            raise ValueError(f"{name} must be {allowed} (adaptive modes and schedules do not exist yet); got {value!r}")
+            raise ValueError(f"{name} must be {allowed} (schedules do not exist yet); got {value!r}")
     if isinstance(group["lr"], Tensor) and group["lr"].dim() != 0:
         raise ValueError(f"lr as a tensor must be 0-d; got shape {tuple(group['lr'].shape)}")
     _number("lr", group["lr"], least=0.0)
-    _number("momentum", group["momentum"], least=0.0, below=1.0)
+    if not group["adaptive_momentum"]:
+        _number("momentum", group["momentum"], least=0.0, below=1.0)
     _number("damping", group["damping"], least=0.0)
     _number("weight_decay", group["weight_decay"], least=0.0)
     _number("factor_decay", group["factor_decay"], least=0.0, below=1.0)

@@ -427,26 +427,66 @@ def module_use(module: nn.Module, x: Tensor) -> Use:
     return use
 
 
+class Streams(NamedTuple):
+    """The states of torch's global random streams, on the CPU and on the device of the parameters."""
+
+    cpu: Tensor
+    device: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> Streams:
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def restore(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device, device)
+
+
 @contextmanager
-def bare_pass(inputs: Inputs, device: torch.device, seed: int) -> Iterator[None]:
+def own_pass(device: torch.device) -> Iterator[None]:
+    """No optimizer keeps inputs in here, and the user's random streams are where they were afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with mock.patch.object(_OwnPass, "running", True), torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def changed_outputs(module: nn.Module, change: Callable[[Inputs, Any], Any]) -> Iterator[None]:
+    """In here the module returns change(inputs, what it returned), in compiled models too, which run eagerly."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
+        return change(Inputs(args, kwargs, ()), returned)
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def bare_pass(inputs: Inputs, device: torch.device, seed: int | Streams) -> Iterator[None]:
     """The surroundings of K-FAC's own pass.
 
     Eager, gradients on, the autocast state of the user's pass, activation checkpointing of the re-entrant kind passed
-    over (it knows no partial backward), and random numbers of our own: the user's streams stay where they were.
+    over (it knows no partial backward), and random numbers from `seed`: the user's streams stay where they were.
     """
-    devices = [device] if device.type == "cuda" else []
     with (
-        mock.patch.object(_OwnPass, "running", True),
+        own_pass(device),
         torch.compiler.set_stance("force_eager"),
-        torch.random.fork_rng(devices),
         torch.enable_grad(),
         mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", _run_without_checkpoint),
         _autocast(inputs.autocast),
     ):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+        if isinstance(seed, Streams):
+            seed.restore(device)
+        else:
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
         yield
 
 

@@ -19,6 +19,7 @@ from kfac_triton.approximations import kronecker
 from kfac_triton.arguments import Settings
 from kfac_triton.blocks.layout import Layout
 from kfac_triton.capture import Inputs, RootInputs, sweep_inert
+from kfac_triton.damping import factored_damping
 from kfac_triton.empirical import EmpiricalSums
 from kfac_triton.fisher import FisherPass
 from kfac_triton.statistics import block_layout, joint_biases, limited, weight_statistics
@@ -139,13 +140,12 @@ class Curvature:
         if finite.device.type == "cpu":
             self._report_suspects()
 
-    def update_inverses(self, state: State, group_of: GroupOf) -> None:
-        """Refreshes the inverses of every block whose group is due."""
+    def update_inverses(self, state: State, group_of: GroupOf, *, all_of_them: bool = False) -> None:
+        """Refreshes the inverses of every block whose group is due, or of `all_of_them`."""
         for weight, block in self.blocks.items():
             group, stored = group_of(weight), state[weight]
-            if "A_inv" in stored and not inverse_due(group["step"], group["inverse_interval"]):
-                continue
-            if not kronecker.update_inverses(stored, block.layout, group["damping"]):
+            due = all_of_them or "A_inv" not in stored or inverse_due(group["step"], group["inverse_interval"])
+            if due and not kronecker.update_inverses(stored, block.layout, factored_damping(group)):
                 instead = "its last inverse stays" if "A_inv" in stored else "it takes AdamW steps until it has one"
                 self._warn_once(
                     weight, f"its factors have no finite inverse, in double precision and damped more either; {instead}"

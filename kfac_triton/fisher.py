@@ -198,28 +198,38 @@ class FisherPass:
         return recorder, tensor_of_outputs(returned, self.output)
 
     def _part(self, inputs: Inputs, update: int) -> Inputs:
-        """`fraction` of the examples, from a place that moves with `update`; all where the batch axis is not plain."""
-        N = _batch_size(inputs)
-        n = max(math.ceil(N * self.fraction), min(N, MIN_SAMPLES))
-        if n >= N:
-            return inputs
-        if any(t.dim() and t.shape[0] != N for t in inputs.tensors()):
+        """`fraction` of the examples; all where the batch axis is not plain."""
+        part = part_of_batch(inputs, self.fraction, update)
+        if part is None:
             self._warn(
                 "the model's inputs differ in their first axis, so a part of the batch cannot be cut out; "
                 "the statistics use whole batches. factor_fraction=1.0 says so from the start"
             )
-            return inputs
-        start = update * n % (N - n + 1)
-        args, kwargs = tree_map(
-            lambda leaf: leaf[start : start + n] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
-            (inputs.args, inputs.kwargs),
-        )
-        return inputs._replace(args=args, kwargs=kwargs)
+        return inputs if part is None else part
 
     def _warn(self, message: str, *values: object) -> None:
         if message not in self._warned:
             self._warned.add(message)
             log.warning(message, *values)
+
+
+def part_of_batch(inputs: Inputs, fraction: float, update: int) -> Inputs | None:
+    """`fraction` of the examples, never fewer than min(N, 64), from a place that moves with `update`.
+
+    None where the inputs differ in their first axis, so that no part of the batch can be cut out.
+    """
+    N = _batch_size(inputs)
+    n = max(math.ceil(N * fraction), min(N, MIN_SAMPLES))
+    if n >= N:
+        return inputs
+    if any(t.dim() and t.shape[0] != N for t in inputs.tensors()):
+        return None
+    start = update * n % (N - n + 1)
+    args, kwargs = tree_map(
+        lambda leaf: leaf[start : start + n] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
+        (inputs.args, inputs.kwargs),
+    )
+    return inputs._replace(args=args, kwargs=kwargs)
 
 
 def _batch_size(inputs: Inputs) -> int:

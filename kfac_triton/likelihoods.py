@@ -48,6 +48,10 @@ class Likelihood(ABC):
     def fisher_column(self, z: Tensor, c: int) -> Tensor:
         """Column c of B for every term, (..., C), where B B^T is the Fisher of the outputs z (..., C)."""
 
+    def fisher_root_product(self, z: Tensor, v: Tensor) -> Tensor:
+        """B^T v for every term, (..., C); z and v (..., C), either with more leading axes than the other."""
+        return torch.stack([(self.fisher_column(z, c) * v).sum(-1) for c in range(z.shape[-1])], dim=-1)
+
 
 class Categorical(Likelihood):
     """Class logits; targets are class indices, or probabilities of z's own shape."""
@@ -76,6 +80,10 @@ class Categorical(Likelihood):
         column[..., c : c + 1] += root
         return column
 
+    def fisher_root_product(self, z: Tensor, v: Tensor) -> Tensor:
+        p = torch.softmax(z, dim=-1)
+        return p.sqrt() * (v - (p * v).sum(-1, keepdim=True))
+
 
 class Bernoulli(Likelihood):
     """Logits of independent binary outputs; the nll of a term is the sum over its outputs."""
@@ -94,6 +102,10 @@ class Bernoulli(Likelihood):
         column[..., c] = (p * (1 - p)).sqrt()
         return column
 
+    def fisher_root_product(self, z: Tensor, v: Tensor) -> Tensor:
+        p = torch.sigmoid(z)
+        return (p * (1 - p)).sqrt() * v
+
 
 class Gaussian(Likelihood):
     """Means of a unit-variance normal: nll = 0.5 * squared error, and the Fisher of the outputs is the identity."""
@@ -108,6 +120,9 @@ class Gaussian(Likelihood):
         column = torch.zeros_like(z)
         column[..., c] = 1.0
         return column
+
+    def fisher_root_product(self, z: Tensor, v: Tensor) -> Tensor:
+        return v
 
 
 NAMES: dict[str, type[Likelihood]] = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}

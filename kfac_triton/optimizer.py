@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from kfac_triton import arguments, assembly, checkpoint
+from kfac_triton.adaptive import AdaptiveStep, Occasion
 from kfac_triton.approximations import average, kronecker
+from kfac_triton.capture import Streams
 from kfac_triton.curvature import Curvature
+from kfac_triton.damping import factored_damping
 from kfac_triton.likelihoods import Likelihood
 from kfac_triton.update import CompiledStep
 
@@ -36,12 +39,17 @@ class KFAC(torch.optim.Optimizer):
         model: the network, or what torch.compile or DistributedDataParallel made of one.
         params: parameters or groups, as for torch.optim; by default all that require grad.
         lr: step length on V. A number or a 0-d tensor; V has the units of the parameters, so 1 is a full Newton step.
-        momentum: of the preconditioned steps.
-        damping: added to eigenvalues of the Fisher of the mean nll, so it has that scale.
+            "adaptive": from the quadratic model with exact Fisher products (Martens & Grosse 2015, section 6.4); the
+            group's lr, 1 by default, multiplies it.
+        momentum: of the preconditioned steps; "adaptive": from the same model (section 7).
+        damping: added to eigenvalues of the Fisher of the mean nll, so it has that scale. "adaptive": by the ratio of
+            actual to predicted reduction every 5 steps, from `initial_damping` (default 150), and a gamma of its own
+            for the factors, searched for every 20 steps (sections 6.5 and 6.6). `step` then needs a closure.
         weight_decay: l2 coefficient; it enters the gradient before preconditioning.
         likelihood: of the model's outputs: "categorical", "bernoulli", "gaussian" or a `Likelihood`. Not needed for
             fisher="empirical".
-        loss_scale: your loss = loss_scale * mean nll over loss terms; only fisher="empirical" reads it.
+        loss_scale: your loss = loss_scale * mean nll over loss terms. Read by fisher="empirical" and adaptive modes,
+            which check it in the first step that has a closure.
         output: from what the model returned to the tensor of outputs; default: the tensor itself, or its `.logits`.
         mask: (inputs, outputs) -> bool tensor of the loss terms that count, shape of the outputs less the likelihood's
             axis. `inputs` is the model's only argument, the tuple of several, or the dictionary of keyword arguments.
@@ -53,11 +61,14 @@ class KFAC(torch.optim.Optimizer):
         factor_interval, inverse_interval: steps between refreshes. In its first interval the inverse is refreshed at
             steps 1, 2, 4, 8, ... too.
         factor_fraction: the share of the batch (its first axis) for the statistics, never below min(N, 64) examples.
+        quadratic_fraction: the share of the batch for the adaptive modes' products with the exact Fisher. Less than all
+            makes cheaper and less certain steps.
         max_factor_dim: a wider side of a weight gets a diagonal factor.
         kl_clip: bound delta on lr^2 sum <V, grad> / 2, the KL divergence (nats) of one step before momentum; V is
-            scaled down to it (Wu et al. 2017, section 3). None: no bound, for which damping must be tuned first.
+            scaled down to it (Wu et al. 2017, section 3). None: no bound, for which damping must be tuned first. By
+            default 1e-3, and None with lr="adaptive", which takes no bound.
         fallback_lr: AdamW's learning rate for parameters without a block, at this lr: it follows lr's scheduler.
-            Default lr / 10.
+            Default lr / 10, and 1e-3 with lr="adaptive".
         seed: of the sampled targets.
         compile: compile the step. Without a C++ compiler: one warning, then eager.
 
@@ -71,15 +82,17 @@ class KFAC(torch.optim.Optimizer):
     _module: nn.Module | None = None
     _loaded: dict[str, Any] | None = None
     _uncounted: Tensor | None = None
+    _adaptive: AdaptiveStep | None = None
+    _last: dict[str, Any] | None = None
 
     def __init__(
         self,
         model: nn.Module,
         params: ParamsT | None = None,
         *,
-        lr: float | Tensor = 1e-2,
-        momentum: float = 0.9,
-        damping: float = 1e-3,
+        lr: float | Tensor | str = 1e-2,
+        momentum: float | str = 0.9,
+        damping: float | str = 1e-3,
         initial_damping: float | None = None,
         weight_decay: float = 0.0,
         likelihood: str | Likelihood | None = None,
@@ -93,17 +106,14 @@ class KFAC(torch.optim.Optimizer):
         factor_interval: int = 1,
         inverse_interval: int = 10,
         factor_fraction: float = 0.125,
+        quadratic_fraction: float = 1.0,
         max_factor_dim: int = 8192,
-        kl_clip: float | None = 1e-3,
+        kl_clip: float | str | None = "default",
         fallback_lr: float | None = None,
         seed: int = 0,
         compile: bool = True,
     ) -> None:
         arguments.checked_model(model)
-        if initial_damping is not None:
-            raise ValueError(
-                f'initial_damping belongs to damping="adaptive", which does not exist yet; got {initial_damping!r}'
-            )
         self._settings = arguments.settings(
             likelihood,
             loss_scale=loss_scale,
@@ -113,23 +123,32 @@ class KFAC(torch.optim.Optimizer):
             approximation=approximation,
             weight_sharing=weight_sharing,
             factor_fraction=factor_fraction,
+            quadratic_fraction=quadratic_fraction,
             max_factor_dim=max_factor_dim,
             seed=seed,
             compile=compile,
         )
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "damping": damping,
+            **arguments.adaptive_groups(
+                lr,
+                momentum,
+                damping,
+                initial_damping=initial_damping,
+                kl_clip=kl_clip,
+                likelihood=likelihood,
+            ),
             "weight_decay": weight_decay,
-            "kl_clip": math.inf if kl_clip is None else kl_clip,
             "factor_decay": factor_decay,
             "factor_interval": factor_interval,
             "inverse_interval": inverse_interval,
             "step": 0,
         }
         arguments.check_group(defaults)
-        defaults["fallback_ratio"] = arguments.fallback_ratio(fallback_lr, lr)
+        if defaults["adaptive_damping"]:
+            defaults["gamma"] = math.sqrt(defaults["damping"] + weight_decay / loss_scale)
+        if defaults["adaptive_lr"] and fallback_lr is None:
+            fallback_lr = arguments.DEFAULT_FALLBACK_LR
+        defaults["fallback_ratio"] = arguments.fallback_ratio(fallback_lr, defaults["lr"])
         self._module = unwrapped(model)
         if params is None:
             params = [p for p in self._module.parameters() if p.requires_grad]
@@ -140,6 +159,7 @@ class KFAC(torch.optim.Optimizer):
         self._module = module
         self._step_function = CompiledStep(self._settings.compile)
         self._curvature = Curvature(module, self._settings, self._parameters())
+        self._adaptive = None if self._settings.likelihood is None else AdaptiveStep(module, self._settings)
         self._hooks = weakref.finalize(self, self._curvature.close)
         self._names = [self._curvature.names[p] for p in self._parameters()]
 
@@ -210,13 +230,26 @@ class KFAC(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, after running `closure` (zero_grad, loss, backward; returns the loss) where one is given.
 
+        Adaptive modes call it again, twice in the first step and once in every fifth: gradients, buffers and random
+        streams are afterwards as the first call left them.
+
         Raises:
-            RuntimeError: there are gradients, but the model was not called; or the optimizer has no model.
+            RuntimeError: there are gradients, but the model was not called; or the optimizer has no model; or
+                damping="adaptive" got no closure.
+            TypeError: an adaptive mode got a closure that returns no loss.
+            ValueError: loss_scale is not the loss's.
         """
         curvature = self._attached()
         self._count_skipped()
-        loss = None
+        adaptive = self._is_adaptive()
+        if closure is None and self.param_groups[0]["adaptive_damping"]:
+            raise RuntimeError(
+                'damping="adaptive" asks for the loss again after the step: pass a closure, '
+                "optimizer.step(closure), that clears the gradients, computes the loss, calls backward and returns it"
+            )
+        loss, streams = None, None
         if closure is not None:
+            streams = Streams.now(self._parameters()[0].device) if adaptive else None
             with torch.enable_grad():
                 loss = closure()
         parameters = [p for p in self._parameters() if p.grad is not None]
@@ -240,12 +273,21 @@ class KFAC(torch.optim.Optimizer):
         if any(group["step"] % group["factor_interval"] == 0 for group in map(group_of, trained)):
             curvature.update_factors(kept, self.state, trained, group_of, unscale)
         curvature.forget()
+        if adaptive:
+            assert self._adaptive is not None
+            occasion = Occasion(parameters, kept, unscale, finite, closure, loss, streams)
+            self._last = self._adaptive.step(self, curvature, occasion)
+            return loss
         curvature.update_inverses(self.state, group_of)
         self._step_function(*assembly.assemble(self, parameters, curvature.blocks, unscale, finite))
         for group in self.param_groups:
             group["step"] += 1
         self._uncounted = None if finite.device.type == "cpu" else finite
         return loss
+
+    def _is_adaptive(self) -> bool:
+        first = self.param_groups[0]
+        return bool(first["adaptive_lr"] or first["adaptive_momentum"] or first["adaptive_damping"])
 
     def _count_skipped(self) -> None:
         """Takes back the count of a step that the device skipped, when its answer no longer has to be waited for."""
@@ -349,6 +391,25 @@ class KFAC(torch.optim.Optimizer):
         usage |= curvature.memory_of_sums()
         return {**usage, "total": sum(usage.values())}
 
+    def diagnostics(self) -> dict[str, Any]:
+        """Numbers of the last step for a logger; empty before the first. They are computed here, when asked for.
+
+        "damping" and "gamma" of the first group in that step, and "factors": {name: {"A": ..., "G": ...}}, each with a
+        "trace" and a "condition" (largest over smallest eigenvalue, inf where that is not positive). An adaptive run
+        adds "loss" (None without a closure), "predicted_reduction" M(delta), "lr" alpha and "momentum" mu, and where
+        the loss was asked for again "reduction" and "rho" (else None).
+        """
+        factors = self.factors()
+        if not factors:
+            return {}
+        first = self.param_groups[0]
+        told = self._last or {"damping": first["damping"], "gamma": factored_damping(first) ** 0.5}
+        numbers: dict[str, Any] = {name: None if value is None else float(value) for name, value in told.items()}
+        numbers["factors"] = {
+            name: {side: factor_diagnostics(F) for side, F in pair.items()} for name, pair in factors.items()
+        }
+        return numbers
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim; the factors keep their precision under low-precision parameters.
 
@@ -377,6 +438,14 @@ def _note_loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     assert isinstance(optimizer, KFAC)
     checkpoint.check_compatible(optimizer, state_dict)
     optimizer._loaded = state_dict
+
+
+def factor_diagnostics(F: Tensor) -> dict[str, float]:
+    """Trace and condition of a factor, over all its groups."""
+    diagonal = F.dim() == 1 or F.shape[-1] != F.shape[-2]
+    eigenvalues = (F if diagonal else torch.linalg.eigvalsh(F.double())).double().flatten()
+    least, most = float(eigenvalues.min()), float(eigenvalues.max())
+    return {"trace": float(eigenvalues.sum()), "condition": most / least if least > 0 else math.inf}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

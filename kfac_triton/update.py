@@ -95,10 +95,7 @@ class Fallback:
 
 def step_(plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
     """One step on every parameter of the plan, in place."""
-    grads = [_joint_gradient(plan, hyper, blocks, i) for i in range(len(plan.layers))]
-    V = [_aligned_like(grad) for grad in grads]
-    if V:
-        ops.kron_matmul_(V, blocks.G_inv, grads, blocks.A_inv)
+    grads, V = precondition(plan, hyper, blocks)
     nu = _trust_region(plan, hyper, V, grads) if plan.trust_region else None
     for i, layer in enumerate(plan.layers):
         V_weight, V_bias = layer.layout.split(V[i], blocks.weights[i].shape)
@@ -107,7 +104,16 @@ def step_(plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
         if V_bias is not None and layer.bias_has_grad:
             _move_(plan, hyper, layer.bias_group, blocks.biases[i], blocks.bias_buffers[i], V_bias, scale)
     for i, group in enumerate(plan.fallback_groups):
-        _adamw_(plan, hyper, group, fallback, i)
+        adamw_(plan, hyper, group, fallback, i)
+
+
+def precondition(plan: Plan, hyper: Hyper, blocks: Blocks) -> tuple[list[Tensor], list[Tensor]]:
+    """(grad + weight_decay W, V) of every layer as joint matrices."""
+    grads = [_joint_gradient(plan, hyper, blocks, i) for i in range(len(plan.layers))]
+    V = [_aligned_like(grad) for grad in grads]
+    if V:
+        ops.kron_matmul_(V, blocks.G_inv, grads, blocks.A_inv)
+    return grads, V
 
 
 def _gradient(plan: Plan, hyper: Hyper, grad: Tensor, decay: Tensor | None = None) -> Tensor:
@@ -175,7 +181,7 @@ def _add_scaled_(parameter: Tensor, direction: Tensor, scale: Scalar, sign: floa
         parameter.add_(direction, alpha=sign * scale)
 
 
-def _adamw_(plan: Plan, hyper: Hyper, group: int, fallback: Fallback, i: int) -> None:
+def adamw_(plan: Plan, hyper: Hyper, group: int, fallback: Fallback, i: int) -> None:
     """Loshchilov & Hutter (2019), algorithm 2, with the usual constants."""
     parameter, step = fallback.parameters[i], fallback.steps[i]
     grad = _gradient(plan, hyper, fallback.grads[i])

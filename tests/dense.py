@@ -131,6 +131,31 @@ def fisher_block(
     return torch.einsum("lcp,lcd,ldq->pq", J, H, J) / len(H)
 
 
+def gram(model: nn.Module, x: Tensor, vs: list[dict], likelihood: str, seed: int = 0) -> Tensor:
+    """v_i^T F v_j (k, k) for the Fisher of the mean nll over all parameters, by a dense Jacobian; 0 for those left out.
+
+    `seed` is that of dropout. Batch statistics are those of `x`, and running ones stay.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    values = {name: p.detach() for p, name in names.items()}
+
+    def outputs(values):
+        torch.manual_seed(seed)
+        return terms_last(functional_call(model, values, (x,)))
+
+    noting = [m for m in model.modules() if m.training and getattr(m, "track_running_stats", False)]
+    for m in noting:
+        m.track_running_stats = False
+    with torch.random.fork_rng():
+        z, jacobians = outputs(values), jacrev(outputs)(values)
+    for m in noting:
+        m.track_running_stats = True
+    J = torch.cat([jacobians[name].flatten(2) for name in values], dim=2)
+    flat = torch.stack([torch.cat([v[p].flatten() if p in v else torch.zeros(p.numel()) for p in names]) for v in vs])
+    Jv = torch.einsum("lcp,kp->klc", J, flat.double())
+    return torch.einsum("ilc,lcd,jld->ij", Jv, output_fisher(likelihood, z), Jv) / len(z)
+
+
 def linear_and_conv_layers(model: nn.Module) -> dict[str, tuple[str, str | None]]:
     """{name of the layer: (name of its weight, name of its bias)}."""
     layers = {}

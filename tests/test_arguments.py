@@ -55,13 +55,14 @@ NUMBERS = [math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]]
         ("fisher", ["true", "MC", None, 1], "'mc', 'exact', 'empirical'"),
         ("approximation", ["tridiagonal", "eigen", "inverse_free", "kfac", None], "'kronecker'"),
         ("weight_sharing", ["mean", None], "'expand', 'reduce'"),
-        ("lr", [*NUMBERS, -1e-3, "adaptive"], ""),
-        ("momentum", [*NUMBERS, -0.1, 1.0, 1.5, "adaptive"], ""),
-        ("damping", [*NUMBERS, -1e-3, "adaptive"], ""),
+        ("lr", [*NUMBERS, -1e-3, "Adaptive"], ""),
+        ("momentum", [*NUMBERS, -0.1, 1.0, 1.5, "Adaptive"], ""),
+        ("damping", [*NUMBERS, -1e-3, "Adaptive"], ""),
         ("weight_decay", [*NUMBERS, -1e-3], ">= 0"),
         ("loss_scale", [*NUMBERS, 0.0, -1.0], "> 0"),
         ("factor_decay", [*NUMBERS, -0.1, 1.0], "< 1"),
         ("factor_fraction", [*NUMBERS, 0, 0.0, -0.5, 2, 1.01], "> 0.*<= 1"),
+        ("quadratic_fraction", [*NUMBERS, 0, -0.5, 1.01], "> 0.*<= 1"),
         ("factor_interval", [*NUMBERS, 0, -1, 2.0], "integer >= 1"),
         ("inverse_interval", [*NUMBERS, 0, -1, 2.0], "integer >= 1"),
         ("max_factor_dim", [*NUMBERS, 0, -1, 2.0], "integer >= 1"),
@@ -82,14 +83,34 @@ def test_values_out_of_range(argument, values, allowed):
 
 
 @pytest.mark.parametrize("argument", ["lr", "momentum", "damping"])
-def test_adaptive_modes_are_refused_until_they_exist(argument):
-    with pytest.raises(ValueError, match=rf"^{argument} must be .*adaptive.*do not exist yet.*got 'adaptive'"):
-        kfac(**{argument: "adaptive"})
+def test_an_adaptive_mode_needs_a_likelihood(argument):
+    with pytest.raises(ValueError, match=f'^{argument}="adaptive" needs likelihood'):
+        KFAC(nn.Linear(3, 2), fisher="empirical", **{argument: "adaptive"})
 
 
-def test_initial_damping_is_refused_until_it_means_something():
+def test_an_adaptive_step_length_takes_no_trust_region():
+    with pytest.raises(ValueError, match=r'^kl_clip must be None with lr="adaptive".*got 0.01'):
+        kfac(lr="adaptive", kl_clip=0.01)
+    assert kfac(lr="adaptive").param_groups[0]["kl_clip"] == math.inf
+    assert kfac(lr="adaptive", kl_clip=None).param_groups[0]["kl_clip"] == math.inf
+    assert kfac(momentum="adaptive").param_groups[0]["kl_clip"] == 1e-3
+
+
+def test_initial_damping_belongs_to_adaptive_damping():
     with pytest.raises(ValueError, match=r'initial_damping belongs to damping="adaptive".*got 0.5'):
         kfac(initial_damping=0.5)
+    for bad in (0.0, -1.0, math.nan, math.inf, "1"):
+        with pytest.raises(ValueError, match=r"^initial_damping must be a number > 0"):
+            kfac(damping="adaptive", initial_damping=bad)
+
+
+def test_groups_hold_numbers_and_flags():
+    (group,) = kfac(lr="adaptive", momentum="adaptive", damping="adaptive", weight_decay=0.25).param_groups
+    assert (group["lr"], group["momentum"], group["damping"]) == (1.0, 1.0, 150.0)
+    assert group["gamma"] == math.sqrt(150.25)
+    assert group["adaptive_lr"] is group["adaptive_momentum"] is group["adaptive_damping"] is True
+    (group,) = kfac(damping="adaptive", initial_damping=2.0).param_groups
+    assert (group["damping"], group["adaptive_lr"], group["adaptive_momentum"]) == (2.0, False, False)
 
 
 def test_lr_as_a_tensor():

@@ -20,12 +20,13 @@ ROOT = Path(kfac_triton.__file__).parent
 # then of the optimizer, then of the tools around it.
 LEVELS = [
     {"kernels", "version", "likelihoods", "distributed"},
-    {"ops", "blocks", "arguments"},
+    {"ops", "blocks", "arguments", "damping"},
     {"factors", "update", "capture"},
     {"approximations", "fisher"},
-    {"statistics"},
+    {"statistics", "quadratic"},
     {"empirical", "curvature"},
     {"assembly", "checkpoint"},
+    {"adaptive"},
     {"optimizer"},
     {"__init__"},
     {"tuning"},

@@ -98,6 +98,20 @@ def test_fisher_columns_are_a_root_of_the_output_fisher(name, shape):
     dense.assert_exact(H[0], hessian(lambda t: torch_loss(name, t[None], first))(terms[0]))
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (3,)], ids=str)
+@pytest.mark.parametrize("name", TYPES)
+def test_products_with_the_root_of_the_output_fisher(name, shape):
+    """|B^T v|^2 = v^T H v, B^T v in the base class's columns and in closed form, for one v and for several at once."""
+    z, likelihood = outputs(*shape), TYPES[name]()
+    several = dense.randn(2, *shape, seed=8)
+    found = likelihood.fisher_root_product(z, several)
+    H = dense.output_fisher(name, z.reshape(-1, shape[-1])).reshape(*shape, shape[-1])
+    dense.assert_exact(found.square().sum(-1), torch.einsum("k...i,...ij,k...j->k...", several, H, several))
+    for v, product in zip(several, found, strict=True):
+        dense.assert_exact(likelihood.fisher_root_product(z, v), product)
+        dense.assert_exact(Likelihood.fisher_root_product(likelihood, z, v), product)
+
+
 # E25.
 
 

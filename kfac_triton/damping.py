@@ -1,0 +1,55 @@
+"""How lambda and gamma follow the trust in the quadratic model (Martens & Grosse 2015, sections 6.5 and 6.6).
+
+lambda damps the exact quadratic model; gamma = sqrt of the factored damping damps the preconditioner, and is searched
+for on its own, since what damps one well need not suit the other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+def factored_damping(group: dict[str, Any]) -> float:
+    """What damps the factors of a group's blocks: gamma^2 where gamma is searched for, else the damping itself."""
+    damping: float = group["gamma"] ** 2 if group["adaptive_damping"] else group["damping"]
+    return damping
+
+
+def reduction_ratio(change: float, predicted: float) -> float:
+    """rho: the change of the objective over the model's; -inf where the objective rose or either is no number."""
+    rho = change / predicted if predicted < 0 else -math.inf
+    return rho if math.isfinite(rho) and change <= 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Constants of the paper: lambda every `interval` steps by omega1 = 0.95^interval, gamma by omega2 every other."""
+
+    interval: int = 5
+    gamma_interval: int = 20
+    least: float = 0.0
+    most: float = 1e8
+    gamma_most: float = 1.0
+
+    @property
+    def omega1(self) -> float:
+        return 0.95**self.interval
+
+    @property
+    def omega2(self) -> float:
+        return math.sqrt(0.95) ** self.gamma_interval
+
+    def next_damping(self, damping: float, rho: float) -> float:
+        """Less damping where the model foretold at least 3/4 of the reduction (rho > 3/4), more below 1/4."""
+        if rho > 0.75:
+            damping *= self.omega1
+        elif not rho >= 0.25:
+            damping /= self.omega1
+        return min(max(damping, self.least), self.most)
+
+    def gammas(self, gamma: float, weight_decay: float) -> tuple[float, float, float]:
+        """gamma, a smaller one not below sqrt(weight_decay), and a larger one not above `gamma_most`."""
+        smaller = max(gamma * self.omega2, math.sqrt(weight_decay))
+        return gamma, smaller, min(gamma / self.omega2, self.gamma_most)

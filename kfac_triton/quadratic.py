@@ -1,0 +1,193 @@
+"""The quadratic model of the objective along a few directions, from exact products with the Fisher.
+
+    M(w) = w^T (scale F + D) w / 2 + b^T w          (Martens & Grosse 2015, sections 6.4 and 7)
+    F_ij = v_i^T F v_j,  D_ij = sum over parameters (scale lambda + eta) <v_i, v_j>,  b_i = <grad, v_i>
+
+F is the Fisher of the mean nll over loss terms, `scale` the user's loss_scale, lambda the damping, eta the l2 weight
+decay. With B B^T the Fisher of the outputs, v_i^T F v_j = sum over terms <B^T J v_i, B^T J v_j> / L, so each direction
+costs one forward-mode product J v and no backward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kfac_triton.capture import Inputs, Streams, bare_pass
+from kfac_triton.fisher import counted_terms, part_of_batch, tensor_of_outputs
+from kfac_triton.likelihoods import Likelihood
+
+log = logging.getLogger("kfac_triton")
+
+Direction = dict[nn.Parameter, Tensor]
+Outputs = Callable[[tuple[Tensor, ...]], Tensor]
+
+
+Products = tuple[Tensor, Tensor]
+
+
+def _all_at_once(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
+    """The outputs z, and J v of every direction, in one pass."""
+    stacked = tuple(torch.stack(parts) for parts in zip(*tangents, strict=True))
+
+    def both(*v: Tensor) -> Any:
+        return jvp(outputs, (values,), (v,))
+
+    out_dims: Any = (None, 0)
+    found: Products = vmap(both, out_dims=out_dims, randomness="same")(*stacked)
+    return found
+
+
+def _one_by_one(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
+    """The same in a pass for each direction, free of what vmap forbids, such as writing to a buffer."""
+    streams = Streams.now(values[0].device)
+    products = []
+    for v in tangents:
+        streams.restore(values[0].device)
+        with forward_ad.dual_level():
+            z = outputs(tuple(forward_ad.make_dual(*pair) for pair in zip(values, v, strict=True)))
+            primal, tangent = forward_ad.unpack_dual(z)
+        products.append(torch.zeros_like(primal) if tangent is None else tangent)
+    return primal, torch.stack(products)
+
+
+def _by_double_backward(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
+    """The same with J v as the gradient of u -> <J^T u, v>, for functions without forward-mode derivatives."""
+    with torch.enable_grad():
+        leaves = tuple(value.clone().requires_grad_() for value in values)
+        z = outputs(leaves)
+        u = torch.zeros_like(z, requires_grad=True)
+        pulled = torch.autograd.grad(z, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
+    moved = [(g, i) for i, g in enumerate(pulled) if g.requires_grad]
+    products = [
+        torch.autograd.grad([g for g, _ in moved], u, [v[i] for _, i in moved], retain_graph=True)[0] for v in tangents
+    ]
+    return z.detach(), torch.stack(products)
+
+
+DEPENDENT = 1e-10  # a smaller eigenvalue of unit curvatures means that the directions are one
+WAYS = (_all_at_once, _one_by_one, _by_double_backward)
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalisation layers in training use the batch's statistics as before, and no longer note them."""
+    noting = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
+    with ExitStack() as stack:
+        for m in noting:
+            stack.enter_context(mock.patch.object(m, "track_running_stats", False))
+        yield
+
+
+@dataclass
+class FisherProducts:
+    """Products with the exact Fisher on kept inputs, through the bare module; nothing is written to.
+
+    The first way that works is kept: all directions in one pass, one pass each, two backward passes.
+    """
+
+    module: nn.Module
+    likelihood: Likelihood
+    output: Callable[[Any], Tensor] | None = None
+    mask: Callable[[Any, Tensor], Tensor] | None = None
+    fraction: float = 1.0
+    _way: int = field(default=0, init=False)
+
+    def gram(
+        self, kept: Sequence[Inputs], directions: Sequence[Direction], seed: int | Streams, update: int = 0
+    ) -> Tensor:
+        """F_ij = v_i^T F v_j (k, k), float64, for directions v_i; a parameter that one leaves out stands still in it.
+
+        `fraction` of every batch is used, from a place that moves with `update`; all of it where none can be cut out.
+        `seed`: of the random numbers in the passes; with the streams as the user's pass found them, dropout is its own.
+
+        Raises:
+            RuntimeError: no way of computing J v works for this model.
+        """
+        moving = [p for p in self.module.parameters() if any(p in v for v in directions)]
+        tangents = [tuple(v[p] if p in v else torch.zeros_like(p) for p in moving) for v in directions]
+        device = moving[0].device
+        total = torch.zeros(len(directions), len(directions), dtype=torch.float64, device=device)
+        terms: float | Tensor = 0.0
+        for number, whole in enumerate(kept):
+            inputs = part_of_batch(whole, self.fraction, update) or whole
+            own = seed if isinstance(seed, Streams) else seed + number
+            with (
+                bare_pass(inputs, device, own),
+                torch.no_grad(),
+                sdpa_kernel(SDPBackend.MATH),
+                batch_statistics(self.module),
+            ):
+                z, products = self._outputs_and_products(inputs, moving, tangents)
+                found, count = self.output_gram(inputs, z, products)
+            total += found
+            terms = terms + count
+        return total / terms
+
+    def output_gram(self, inputs: Inputs, z: Tensor, us: Tensor) -> tuple[Tensor, float | Tensor]:
+        """(sum over the loss terms of u_i^T H u_j, the number of terms), H the Fisher of the outputs z, us (k, *z)."""
+        terms, directions = self._terms(z), torch.stack([self._terms(u) for u in us])
+        roots = self.likelihood.fisher_root_product(terms, directions)
+        count: float | Tensor = terms[..., 0].numel()
+        if self.mask is not None:
+            counted = counted_terms(self.mask, inputs, z, terms)
+            roots, count = roots * counted.unsqueeze(-1), counted.sum()
+        flat = roots.flatten(1)
+        return (flat @ flat.T).double(), count
+
+    def _terms(self, z: Tensor) -> Tensor:
+        last = self.likelihood.terms_last(z)
+        return last.float() if last.dtype.itemsize < 4 else last
+
+    def _outputs_and_products(
+        self, inputs: Inputs, moving: list[nn.Parameter], tangents: list[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, Tensor]:
+        names = {p: name for name, p in self.module.named_parameters()}
+        buffers = dict(self.module.named_buffers())
+
+        def outputs(values: tuple[Tensor, ...]) -> Tensor:
+            replaced = {names[p]: value for p, value in zip(moving, values, strict=True)}
+            copies = {name: buffer.clone() for name, buffer in buffers.items()}
+            returned = functional_call(self.module, {**replaced, **copies}, inputs.args, inputs.kwargs)
+            return tensor_of_outputs(returned, self.output)
+
+        values = tuple(p.detach() for p in moving)
+        streams = Streams.now(values[0].device)
+        while True:
+            streams.restore(values[0].device)
+            try:
+                return WAYS[self._way](outputs, values, tangents)
+            except (RuntimeError, NotImplementedError) as error:
+                if self._way + 1 == len(WAYS):
+                    raise
+                self._way += 1
+                log.info("the quadratic model's products take another way: %s", str(error).split("\n", 1)[0])
+
+
+def minimise(H: Tensor, b: Tensor, fixed: Sequence[float | None]) -> tuple[Tensor, Tensor]:
+    """(w, M(w)) at the minimum of M(w) = w^T H w / 2 + b^T w over the coefficients that are not `fixed`.
+
+    H (k, k) positive semi-definite, b (k,), float64. Directions that vanish or depend on others get the smallest
+    coefficients, in units in which every direction has curvature 1.
+    """
+    free = [i for i, value in enumerate(fixed) if value is None]
+    w = H.new_tensor([0.0 if value is None else value for value in fixed])
+    scale = H.diagonal()[free].clamp(min=0).sqrt()
+    inverse_scale = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    unit = H[free][:, free] * inverse_scale * inverse_scale.unsqueeze(-1)
+    right = (b + H @ w)[free] * inverse_scale
+    if bool(torch.isfinite(unit).all() & torch.isfinite(right).all()):
+        w[free] = -inverse_scale * (torch.linalg.pinv(unit, rtol=DEPENDENT, hermitian=True) @ right)
+    else:
+        w[free] = torch.nan
+    return w, w @ H @ w / 2 + b @ w

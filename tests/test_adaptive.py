@@ -1,0 +1,483 @@
+"""Steps by the quadratic model, against dense algebra and theory (E16 to E18), and what a closure may not notice."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from types import SimpleNamespace
+
+import dense
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_triton import KFAC
+from kfac_triton.curvature import Curvature
+
+F64 = torch.float64
+EXACT = {"fisher": "exact", "factor_fraction": 1.0, "compile": False}
+ADAPTIVE = {"lr": "adaptive", "momentum": "adaptive"}
+
+
+def closure_of(model, optimizer, loss):
+    def closure():
+        optimizer.zero_grad()
+        value = loss(model)
+        value.backward()
+        return value
+
+    return closure
+
+
+def flat(parameters) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+# E16: on a quadratic objective.
+
+
+def linear_regression():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    X, Y = dense.randn(40, 5, seed=1), dense.randn(40, 3, seed=2)
+    return model, X, lambda m: 0.5 * (m(X) - Y).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("damping", [0.0, "adaptive"])
+def test_one_exact_step_reaches_the_minimum_of_a_quadratic(damping):
+    model, loss = linear_regression()[::2]
+    options = {"damping": damping, "initial_damping": 1e-24 if damping == "adaptive" else None}
+    optimizer = KFAC(model, likelihood="gaussian", **ADAPTIVE, **options, **EXACT)
+    closure = closure_of(model, optimizer, loss)
+    optimizer.step(closure)
+    told = optimizer.diagnostics()
+    assert told["lr"] == pytest.approx(1.0, abs=1e-8)
+    assert told["momentum"] == 0.0
+    gradient = torch.autograd.grad(loss(model), list(model.parameters()))
+    assert flat(gradient).abs().max() < 1e-8
+    assert told["predicted_reduction"] == pytest.approx(float(loss(model).detach()) - told["loss"], rel=1e-8)
+
+
+def test_the_reduction_ratio_is_one_on_a_quadratic():
+    """With a wrong preconditioner, so that there is something left to reduce at every step."""
+    model, loss = linear_regression()[::2]
+    optimizer = KFAC(model, likelihood="gaussian", **ADAPTIVE, damping="adaptive", initial_damping=1e-12, **EXACT)
+    optimizer.param_groups[0]["gamma"] = 1.0
+    seen = []
+    for _ in range(10):
+        optimizer.step(closure_of(model, optimizer, loss))
+        seen.append(optimizer.diagnostics()["rho"])
+    assert [rho is not None for rho in seen] == [False] * 4 + [True] + [False] * 4 + [True]
+    assert seen[4] == pytest.approx(1.0, abs=1e-6)
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(1e-12 * 0.95**10)
+
+
+def test_a_fixed_wrong_preconditioner_gives_conjugate_gradients(monkeypatch):
+    """Six steps with any positive definite G_inv, A_inv: the iterates of preconditioned CG, in dense algebra."""
+    model, X, loss = linear_regression()
+    optimizer = KFAC(model, likelihood="gaussian", **ADAPTIVE, damping=0.0, **EXACT)
+    start = copy.deepcopy(model.state_dict())
+    optimizer.step(closure_of(model, optimizer, loss))
+    model.load_state_dict(start)
+    state = optimizer.state[model.weight]
+    factor = [dense.randn(3 * d, d, seed=d) for d in (6, 3)]
+    state["A_inv"], state["G_inv"] = (x.T @ x / len(x) for x in factor)
+    for p in model.parameters():
+        optimizer.state[p]["momentum_buffer"].zero_()
+    monkeypatch.setattr(Curvature, "update_inverses", lambda *args, **kwargs: None)
+
+    Xa = torch.cat([X, torch.ones(40, 1, dtype=F64)], 1)
+    H = torch.kron(torch.eye(3, dtype=F64), Xa.T @ Xa / 40)
+    M = torch.kron(state["G_inv"], state["A_inv"])
+
+    def joint() -> Tensor:
+        return torch.cat([model.weight, model.bias[:, None]], 1).detach().flatten()
+
+    model.zero_grad()
+    loss(model).backward()
+    w = joint()
+    residual = -torch.cat([model.weight.grad, model.bias.grad[:, None]], 1).flatten()
+    z = M @ residual
+    direction = z.clone()
+    for _ in range(6):
+        alpha = (residual @ z) / (direction @ H @ direction)
+        w = w + alpha * direction
+        new = residual - alpha * H @ direction
+        new_z = M @ new
+        direction = new_z + (new @ new_z) / (residual @ z) * direction
+        residual, z = new, new_z
+        optimizer.step(closure_of(model, optimizer, loss))
+        dense.assert_exact(joint(), w, 1e-8)
+
+
+# A step against the dense minimum of the model.
+
+
+class Mixed(nn.Module):
+    """A convolution, batch statistics, a tied weight and parameters without a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2)
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.conv(x[:, None]))).flatten(1)
+        return self.head(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
+
+
+NETWORKS = {
+    "mlp": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
+    "mixed": Mixed,
+    "bare layer": lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3)),
+}
+LOSSES = {
+    "gaussian": (lambda z, y: 0.5 * (z - y).square().sum(1).mean(), dense.randn(9, 3, seed=5)),
+    "categorical": (F.cross_entropy, torch.arange(9) % 3),
+    "bernoulli": (
+        lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="sum") / 9, (dense.randn(9, 3) > 0).double()
+    ),
+}  # fmt: skip
+FREE = {"both": ADAPTIVE, "lr": {"lr": "adaptive", "momentum": 0.5}, "momentum": {"lr": 0.2, "momentum": "adaptive"}}
+
+
+@pytest.mark.parametrize("free", FREE)
+@pytest.mark.parametrize("likelihood", LOSSES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_is_the_dense_minimum_of_the_model(name, likelihood, free):
+    """Delta by dense inverses, F by a dense Jacobian, the 2 x 2 system solved by torch.linalg; three steps."""
+    scale, damping, eta = 0.7, 0.3, 0.05
+    torch.manual_seed(0)
+    model = NETWORKS[name]().double()
+    x = dense.randn(9, 6, seed=4)
+    nll, y = LOSSES[likelihood]
+    options = {"kl_clip": None, "loss_scale": scale, "weight_decay": eta, "fallback_lr": 1e-2, **FREE[free]}
+    optimizer = KFAC(model, likelihood=likelihood, damping=damping, inverse_interval=1, **options, **EXACT)
+    last: dict[nn.Parameter, Tensor] = {}
+    for _ in range(3):
+        before = {p: p.detach().clone() for p in model.parameters()}
+        at_start = copy.deepcopy(model)
+        loss = scale * nll(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        raw = {p: p.grad.clone() for p in model.parameters()}
+        optimizer.step()
+        moved = {p: p.detach() - before[p] for p in model.parameters()}
+
+        natural, decayed = {}, dict(raw)
+        for module_name, factor in optimizer.factors().items():
+            module = model.get_submodule(module_name)
+            W, b = module.weight, module.bias
+            for p in (W, b):
+                decayed[p] = raw[p] + eta * before[p]
+            A_inv, G_inv = dense.damped_inverses(factor["A"], factor["G"], damping)
+            V = G_inv @ torch.cat([decayed[W].flatten(1), decayed[b][:, None]], 1) @ A_inv
+            natural[W], natural[b] = -V[:, :-1].reshape(W.shape), -V[:, -1]
+        rest = {p: moved[p] for p in model.parameters() if p not in natural}
+        directions = [natural, last, rest]
+        twin = dict(zip(model.parameters(), at_start.parameters(), strict=True))
+        F_ = dense.gram(at_start, x, [{twin[p]: v for p, v in d.items()} for d in directions], likelihood)
+        H = scale * F_
+        for i, u in enumerate(directions):
+            for j, v in enumerate(directions):
+                for p in u.keys() & v.keys():
+                    H[i, j] += (scale * damping + (eta if p in natural else 0.0)) * (u[p] * v[p]).sum()
+        slope = torch.stack(
+            [sum((decayed[p] * v[p]).sum() for p in v) + torch.zeros((), dtype=F64) for v in directions]
+        )
+        w = torch.tensor([options["lr"] if free == "momentum" else 0.0, 0.5 if free == "lr" else 0.0, 1.0], dtype=F64)
+        unknown = {"both": [0, 1], "lr": [0], "momentum": [1]}[free]
+        unknown = [i for i in unknown if H[i, i] > 0]
+        if unknown:
+            w[unknown] = torch.linalg.solve(H[unknown][:, unknown], -(slope + H @ w)[unknown])
+        expected = {p: sum(c * d[p] for c, d in zip(w, directions, strict=True) if p in d) for p in moved}
+        dense.assert_exact(flat(moved.values()), flat(expected.values()), 1e-8)
+        told = optimizer.diagnostics()
+        assert told["predicted_reduction"] == pytest.approx(float(w @ H @ w / 2 + slope @ w), rel=1e-8)
+        last = {p: moved[p] for p in natural}
+
+
+def test_lr_is_a_multiplier_of_the_adaptive_length():
+    def first_step(**options):
+        model, loss = linear_regression()[::2]
+        before = flat(model.parameters())
+        groups = [{"params": [model.weight]}, {"params": [model.bias]}]
+        optimizer = KFAC(model, groups, likelihood="gaussian", **ADAPTIVE, damping=0.1, **EXACT)
+        for group, lr in zip(optimizer.param_groups, options["lrs"], strict=True):
+            group["lr"] = lr
+        closure_of(model, optimizer, loss)()
+        optimizer.step()
+        return flat(model.parameters()) - before, optimizer.diagnostics()
+
+    whole, told = first_step(lrs=[1.0, 1.0])
+    half, half_told = first_step(lrs=[0.5, 0.5])
+    dense.assert_exact(half, whole / 2)
+    assert half_told["lr"] == pytest.approx(told["lr"] / 2)
+    assert half_told["predicted_reduction"] == pytest.approx(0.75 * told["predicted_reduction"])
+    frozen, _ = first_step(lrs=[1.0, 0.0])
+    assert frozen[:15].all()
+    assert not frozen[15:].any()
+    assert not first_step(lrs=[0.0, 0.0])[0].any()
+
+
+# E18: damping, and the closure that is called again.
+
+
+def network(dropout: float = 0.3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)
+    )  # fmt: skip
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    return dense.randn(20, 6, seed=step).float(), torch.arange(20) % 3
+
+
+def adaptive(model: nn.Module, **options) -> KFAC:
+    defaults = {
+        **ADAPTIVE,
+        "damping": "adaptive",
+        "initial_damping": 1.0,
+        "compile": False,
+        "likelihood": "categorical",
+    }
+    return KFAC(model, **{**defaults, **options})
+
+
+def train(model: nn.Module, optimizer: KFAC, steps: range) -> list[dict]:
+    told = []
+    for step in steps:
+        x, y = batch(step)
+        torch.manual_seed(100 + step)
+        optimizer.step(closure_of(model, optimizer, lambda m: F.cross_entropy(m(x), y)))  # noqa: B023
+        told.append(optimizer.diagnostics())
+    return told
+
+
+def test_without_a_closure_adaptive_damping_says_what_it_needs():
+    model = network()
+    optimizer = adaptive(model)
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    with pytest.raises(RuntimeError, match=r'damping="adaptive" asks for the loss again.*optimizer.step\(closure\)'):
+        optimizer.step()
+
+
+def test_a_closure_must_return_the_loss():
+    model = network()
+    optimizer = adaptive(model)
+    with pytest.raises(TypeError, match=r"closure must return the loss.*NoneType"):
+        optimizer.step(lambda: F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward())
+
+
+@pytest.mark.parametrize("step", [0, 3, 4])
+def test_asking_for_the_loss_again_leaves_no_trace(step):
+    """At the first step, which checks loss_scale, at one without a check and at one with: all as after one pass."""
+    model = network()
+    optimizer = adaptive(model)
+    train(model, optimizer, range(step))
+    twin = copy.deepcopy(model)
+    x, y = batch(50)
+    calls = []
+
+    def closure():
+        optimizer.zero_grad(set_to_none=False)
+        calls.append(1)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    torch.manual_seed(7)
+    optimizer.step(closure)
+    stream = torch.get_rng_state()
+    torch.manual_seed(7)
+    F.cross_entropy(twin(x), y).backward()
+    assert len(calls) == {0: 3, 3: 1, 4: 2}[step]
+    assert torch.equal(stream, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert optimizer._attached().root.take() == []
+
+
+def test_the_ratio_is_that_of_the_same_batch_and_mask():
+    """rho of the fifth step, recomputed by hand from the parameters before and after it."""
+    model = network()
+    optimizer = adaptive(model, weight_decay=0.1)
+    train(model, optimizer, range(4))
+    x, y = batch(4)
+
+    def objective(m: nn.Module) -> float:
+        torch.manual_seed(104)
+        decay = sum(0.05 * p.double().square().sum() for layer in (m[0], m[4]) for p in layer.parameters())
+        return float(F.cross_entropy(m(x), y).double() + decay)
+
+    before = objective(copy.deepcopy(model))
+    (told,) = train(model, optimizer, range(4, 5))
+    change = objective(copy.deepcopy(model)) - before
+    assert told["reduction"] == pytest.approx(change, rel=1e-3)
+    assert told["rho"] == pytest.approx(change / told["predicted_reduction"], rel=1e-3)
+
+
+def test_damping_and_gamma_follow_in_the_groups():
+    model = network()
+    optimizer = adaptive(model, initial_damping=0.01)
+    dampings, gammas = [], []
+    for told in train(model, optimizer, range(41)):
+        dampings.append(told["damping"])
+        gammas.append(told["gamma"])
+    for k in range(40):
+        ratio = dampings[k + 1] / dampings[k]
+        allowed = [1.0, 0.95**5, 0.95**-5] if k % 5 == 4 else [1.0]
+        assert any(ratio == pytest.approx(a, rel=1e-12) for a in allowed)
+        gamma_ratio = gammas[k + 1] / gammas[k]
+        assert gamma_ratio == 1.0 or k % 20 == 19
+    assert len(set(dampings)) > 1
+    assert len(set(gammas)) > 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_into_nowhere_is_taken_back(bad):
+    """The loss after the fifth step is no number: the parameters stay, the damping grows."""
+    model = network(dropout=0.0)
+    optimizer = adaptive(model)
+    train(model, optimizer, range(4))
+    before, damping = copy.deepcopy(model.state_dict()), optimizer.param_groups[0]["damping"]
+    x, y = batch(4)
+    called = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y) * (1.0 if not called else bad)
+        called.append(1)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(called) == 2
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(damping / 0.95**5)
+    assert optimizer.diagnostics()["rho"] == -math.inf
+    train(model, optimizer, range(5, 8))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_resuming_is_bit_equal():
+    """Across a search for gamma and several checks of the damping."""
+    model = network()
+    optimizer = adaptive(model)
+    train(model, optimizer, range(17))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    stored = torch.load(file, weights_only=True)
+    train(model, optimizer, range(17, 26))
+    again = network()
+    resumed = adaptive(again, initial_damping=7.0)
+    again.load_state_dict(stored["model"])
+    resumed.load_state_dict(stored["optimizer"])
+    train(again, resumed, range(17, 26))
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+
+
+# loss_scale.
+
+SCALED = {
+    "sum": ("categorical", lambda z, y: F.cross_entropy(z, y, reduction="sum"), 1.0, 20),
+    "mean over outputs": ("gaussian", lambda z, y: F.mse_loss(z, F.one_hot(y, 12).float()), 1.0, 2 / 12),
+    "mean of bits": (
+        "bernoulli", lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 12).float()), 1.0, 1 / 12
+    ),
+    "a wrong scale": ("categorical", F.cross_entropy, 20.0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_wrong_loss_scale_is_named_before_a_step(name):
+    likelihood, loss, claimed, truth = SCALED[name]
+    x, y = batch(1)
+    for scale in (claimed, truth):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 12))
+        before = copy.deepcopy(model.state_dict())
+        optimizer = adaptive(model, likelihood=likelihood, loss_scale=scale, initial_damping=0.1)
+        closure = closure_of(model, optimizer, lambda m: loss(m(x), y))
+        if scale == truth:
+            optimizer.step(closure)
+            continue
+        with pytest.raises(ValueError, match=rf"loss_scale={scale:g} does not fit.*Likely loss_scale=") as error:
+            optimizer.step(closure)
+        likely = float(str(error.value).split("Likely loss_scale=")[1].split()[0])
+        assert likely == pytest.approx(truth, rel=0.02)
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+class Wrapped(nn.Module):
+    """Logits in a tuple or behind `.logits`, as Hugging Face's models return them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net, self.kind = nn.Linear(6, 3), kind
+
+    def forward(self, x: Tensor):
+        z = self.net(x)
+        return {"tuple": (None, z), "logits": SimpleNamespace(logits=z, other=1), "slice": (z,)}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "logits", "slice"])
+def test_the_scale_is_checked_wherever_the_outputs_are(kind):
+    """But for outputs that are computed from what the model returned: there is no place to shift them."""
+    outputs = {"tuple": lambda r: r[1], "logits": lambda r: r.logits, "slice": lambda r: r[0][:, :2]}[kind]
+    model, (x, y) = Wrapped(kind), batch(1)
+    optimizer = adaptive(model, output=outputs)
+    closure = closure_of(model, optimizer, lambda m: F.cross_entropy(outputs(m(x)), y % 2, reduction="sum"))
+    if kind == "slice":
+        optimizer.step(closure)
+        return
+    with pytest.raises(ValueError, match=r"Likely loss_scale=20 "):
+        optimizer.step(closure)
+
+
+def test_the_scale_of_accumulated_and_masked_terms():
+    """Two batches of 20 terms of which every other counts: the mean over those that do has scale 1."""
+    model = network(dropout=0.0)
+    mask = lambda inputs, outputs: torch.arange(20) % 2 == 0  # noqa: E731
+    for scale, fits in ((1.0, True), (2.0, False)):
+        optimizer = adaptive(model, mask=mask, loss_scale=scale)
+
+        def closure():
+            optimizer.zero_grad()  # noqa: B023
+            losses = [F.cross_entropy(model(x)[::2], y[::2]) / 2 for x, y in (batch(1), batch(2))]
+            for loss in losses:
+                loss.backward()
+            return sum(losses).detach()
+
+        if fits:
+            optimizer.step(closure)
+        else:
+            with pytest.raises(ValueError, match=r"Likely loss_scale=(1|0\.99\d|1\.0\d*) "):
+                optimizer.step(closure)
+        optimizer.close()
+
+
+def test_a_large_loss_does_not_hide_its_scale():
+    """Squared errors of 1e6 in float32: the outputs are shifted further until the loss shows it."""
+    model, (x, _) = nn.Linear(6, 3), batch(1)
+    optimizer = adaptive(model, likelihood="gaussian")
+    with pytest.raises(ValueError, match=r"Likely loss_scale=(2|1\.9\d|2\.0\d) "):
+        optimizer.step(closure_of(model, optimizer, lambda m: (m(x) - 1e3).square().sum(1).mean()))
+
+
+def test_diagnostics_before_the_first_step_and_of_a_fixed_run():
+    model = network()
+    assert adaptive(model).diagnostics() == {}
+    fixed = KFAC(model, likelihood="categorical", compile=False)
+    F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    fixed.step()
+    told = fixed.diagnostics()
+    assert told["factors"]["0"]["A"]["trace"] == pytest.approx(float(fixed.factors()["0"]["A"].trace()), rel=1e-5)
+    assert told["factors"]["0"]["G"]["condition"] >= 1
