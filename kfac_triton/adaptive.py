@@ -91,15 +91,20 @@ class AdaptiveStep:
         groups = optimizer.param_groups
         first, step = groups[0], groups[0]["step"]
         group_of = {p: group for group in groups for p in group["params"]}
+        loss = None if now.closure is None else number(now.loss)
+        if step == 0 and loss is not None:
+            self._check_scale(now, loss)
         search = first["adaptive_damping"] and step % self._adaptation.gamma_interval == 0
         curvature.update_inverses(optimizer.state, group_of.__getitem__, all_of_them=search)
         arguments = assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite)
         fallback = fallback_direction(arguments)
+        if step == 0 and first["calibrate_damping"]:
+            assert loss is not None
+            self._calibrate(optimizer, curvature, now, fallback, loss)
         if search:
             proposal = self._search(optimizer, curvature, now, fallback, group_of)
         else:
             proposal = self.propose(optimizer, arguments, fallback, now)
-        loss = None if now.closure is None else number(now.loss)
         report = {
             "loss": loss, "predicted_reduction": proposal.predicted, "lr": proposal.coefficients[0],
             "momentum": proposal.coefficients[1], "reduction": None, "rho": None,
@@ -111,8 +116,6 @@ class AdaptiveStep:
             self._adapt(groups, -math.inf)
             return report
         check = first["adaptive_damping"] and (step + 1) % self._adaptation.interval == 0
-        if step == 0 and loss is not None:
-            self._check_scale(now, loss)
         before = {p: p.clone() for p in proposal.delta} if check else {}
         move_(proposal.delta)
         for p in proposal.delta:
@@ -133,6 +136,32 @@ class AdaptiveStep:
         for group in groups:
             if group["adaptive_damping"]:
                 group["damping"] = self._adaptation.next_damping(group["damping"], rho)
+
+    def _calibrate(
+        self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction, loss: float
+    ) -> None:
+        """Finds the damping to start from, and gamma with it, by first steps that are taken back."""
+        groups = optimizer.param_groups
+        group_of = {p: group for group in groups for p in group["params"]}
+
+        def reduction_at(damping: float) -> tuple[float, float]:
+            for group in groups:
+                group["damping"] = damping
+                group["gamma"] = math.sqrt(damping + group["weight_decay"] / self._loss_scale)
+            curvature.update_inverses(optimizer.state, group_of.__getitem__, all_of_them=True)
+            arguments = assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite)
+            proposal = self.propose(optimizer, arguments, fallback, now)
+            before = {p: p.clone() for p in proposal.delta}
+            move_(proposal.delta)
+            reduction = self._loss(now) + proposal.decay_changes(before) - loss
+            for p, value in before.items():
+                p.copy_(value)
+            return reduction, reduction_ratio(reduction, float(proposal.predicted))
+
+        damping = self._adaptation.calibrated(groups[0]["damping"], reduction_at)
+        for group in groups:
+            group["damping"] = damping
+            group["gamma"] = math.sqrt(damping + group["weight_decay"] / self._loss_scale)
 
     def _search(
         self,
@@ -238,8 +267,7 @@ class AdaptiveStep:
             None if first["adaptive_momentum"] else float(first["momentum"]),
             1.0,
         ]
-        strength = {p: self._loss_scale * group["damping"] for p, group in group_of.items()}
-        strength |= {p: strength[p] + group_of[p]["weight_decay"] for p in natural}
+        strength = {p: self._loss_scale * group_of[p]["damping"] + group_of[p]["weight_decay"] for p in natural}
         F = self._fisher(directions, now, first["step"])
         H = F + _gram(directions, strength)
         b = torch.stack([_inner(gradient, v, F) for v in directions])
@@ -310,15 +338,14 @@ def _gradient_and_natural(
 
 
 def _gram(directions: list[Direction], strength: dict[nn.Parameter, float]) -> Tensor:
-    """D_ij = sum over parameters of strength <v_i, v_j>."""
+    """D_ij = sum over the parameters in `strength` of strength <v_i, v_j>."""
     k = len(directions)
     everywhere = {p for v in directions for p in v}
     D = torch.zeros(k, k, dtype=torch.float64, device=next(iter(everywhere)).device)
     for i in range(k):
         for j in range(i + 1):
-            weighted = [
-                strength[p] * _dot(directions[i][p], directions[j][p]) for p in directions[i] if p in directions[j]
-            ]
+            u, v = directions[i], directions[j]
+            weighted = [eta * _dot(u[p], v[p]) for p, eta in strength.items() if p in u and p in v]
             if weighted:
                 D[i, j] = D[j, i] = torch.stack(weighted).sum()
     return D

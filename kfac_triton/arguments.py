@@ -90,7 +90,8 @@ def adaptive_groups(
 ) -> dict[str, Any]:
     """The hyper-parameters that may be "adaptive": flags, and the numbers that stand beside them.
 
-    An adaptive lr or momentum has a multiplier of 1; an adaptive damping starts from `initial_damping`.
+    An adaptive lr or momentum has a multiplier of 1; an adaptive damping starts from `initial_damping`, or from what
+    the first step finds on its way down from the paper's.
     """
     group: dict[str, Any] = {}
     for name, value, start in (
@@ -112,6 +113,7 @@ def adaptive_groups(
     if kl_clip is not None and group["adaptive_lr"]:
         raise ValueError(f'kl_clip must be None with lr="adaptive", which finds its own length; got {kl_clip!r}')
     group["kl_clip"] = math.inf if kl_clip is None else kl_clip
+    group["calibrate_damping"] = group["adaptive_damping"] and initial_damping is None
     return group
 
 

@@ -7,8 +7,11 @@ for on its own, since what damps one well need not suit the other.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+CALIBRATION, CALIBRATION_TRIALS = 4.0, 12
 
 
 def factored_damping(group: dict[str, Any]) -> float:
@@ -47,6 +50,28 @@ class Adaptation:
             damping *= self.omega1
         elif not rho >= 0.25:
             damping /= self.omega1
+        return min(max(damping, self.least), self.most)
+
+    def calibrated(self, damping: float, reduction_at: Callable[[float], tuple[float, float]]) -> float:
+        """Where the first step should start: `reduction_at(damping)` tries one, (reduction, rho), and takes it back.
+
+        Down by CALIBRATION while the model is trusted (rho > 3/4) and the reduction grows by a twentieth each time; up
+        while rho < 1/4.
+        """
+        reduction, rho = reduction_at(damping)
+        for _ in range(CALIBRATION_TRIALS):
+            if not rho >= 0.25:
+                damping *= CALIBRATION
+                _, rho = reduction_at(damping)
+                if rho >= 0.25:
+                    break
+                continue
+            if rho <= 0.75:
+                break
+            smaller, smaller_rho = reduction_at(damping / CALIBRATION)
+            if not (smaller_rho >= 0.25 and smaller < 1.05 * reduction):
+                break
+            damping, reduction, rho = damping / CALIBRATION, smaller, smaller_rho
         return min(max(damping, self.least), self.most)
 
     def gammas(self, gamma: float, weight_decay: float) -> tuple[float, float, float]:

@@ -43,8 +43,10 @@ class KFAC(torch.optim.Optimizer):
             group's lr, 1 by default, multiplies it.
         momentum: of the preconditioned steps; "adaptive": from the same model (section 7).
         damping: added to eigenvalues of the Fisher of the mean nll, so it has that scale. "adaptive": by the ratio of
-            actual to predicted reduction every 5 steps, from `initial_damping` (default 150), and a gamma of its own
-            for the factors, searched for every 20 steps (sections 6.5 and 6.6). `step` then needs a closure.
+            actual to predicted reduction every 5 steps, and a gamma of its own for the factors, searched for every 20
+            steps (sections 6.5 and 6.6). `step` then needs a closure.
+        initial_damping: where an adaptive damping starts (the paper: 150). None: the first step is tried and taken back
+            at smaller and smaller dampings, from 150 down, for as long as that gains and the model can be trusted.
         weight_decay: l2 coefficient; it enters the gradient before preconditioning.
         likelihood: of the model's outputs: "categorical", "bernoulli", "gaussian" or a `Likelihood`. Not needed for
             fisher="empirical".
@@ -155,6 +157,25 @@ class KFAC(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._attach(self._module)
 
+    @classmethod
+    def paper(cls, model: nn.Module, params: ParamsT | None = None, **options: Any) -> KFAC:
+        """The algorithm with the constants of Martens & Grosse (2015), and no learning rate to choose.
+
+        Adaptive step length, momentum and damping; factors from a sampled target for an eighth of the batch, inverses
+        every 20 steps, products with the exact Fisher on a quarter, l2 of 1e-5. The damping starts from what the first
+        step finds, not from the 150 of the authors' autoencoders: `initial_damping=150.0` says so.
+
+        Args:
+            model, params: as for `KFAC`.
+            options: `likelihood`, `loss_scale` and whatever else is to differ, by the names of `KFAC`.
+        """
+        constants = {
+            "lr": "adaptive", "momentum": "adaptive", "damping": "adaptive", "weight_decay": 1e-5, "fisher": "mc",
+            "factor_decay": 0.95, "factor_interval": 1, "factor_fraction": 0.125, "inverse_interval": 20,
+            "quadratic_fraction": 0.25,
+        }  # fmt: skip
+        return cls(model, params, **{**constants, **options})
+
     def _attach(self, module: nn.Module) -> None:
         self._module = module
         self._step_function = CompiledStep(self._settings.compile)
@@ -230,8 +251,8 @@ class KFAC(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, after running `closure` (zero_grad, loss, backward; returns the loss) where one is given.
 
-        Adaptive modes call it again, twice in the first step and once in every fifth: gradients, buffers and random
-        streams are afterwards as the first call left them.
+        Adaptive modes call it again, some times in the first step and once in every fifth: gradients, buffers and
+        random streams are afterwards as the first call left them.
 
         Raises:
             RuntimeError: there are gradients, but the model was not called; or the optimizer has no model; or

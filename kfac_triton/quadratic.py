@@ -1,11 +1,12 @@
 """The quadratic model of the objective along a few directions, from exact products with the Fisher.
 
     M(w) = w^T (scale F + D) w / 2 + b^T w          (Martens & Grosse 2015, sections 6.4 and 7)
-    F_ij = v_i^T F v_j,  D_ij = sum over parameters (scale lambda + eta) <v_i, v_j>,  b_i = <grad, v_i>
+    F_ij = v_i^T F v_j,  D_ij = sum over covered parameters (scale lambda + eta) <v_i, v_j>,  b_i = <grad, v_i>
 
 F is the Fisher of the mean nll over loss terms, `scale` the user's loss_scale, lambda the damping, eta the l2 weight
-decay. With B B^T the Fisher of the outputs, v_i^T F v_j = sum over terms <B^T J v_i, B^T J v_j> / L, so each direction
-costs one forward-mode product J v and no backward pass.
+decay, and covered what has a block: other parameters move as AdamW says, and are not for the model to damp. With B B^T
+the Fisher of the outputs, v_i^T F v_j = sum over terms <B^T J v_i, B^T J v_j> / L, so each direction costs one
+forward-mode product J v and no backward pass.
 """
 
 from __future__ import annotations

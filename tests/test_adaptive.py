@@ -182,8 +182,8 @@ def test_a_step_is_the_dense_minimum_of_the_model(name, likelihood, free):
         H = scale * F_
         for i, u in enumerate(directions):
             for j, v in enumerate(directions):
-                for p in u.keys() & v.keys():
-                    H[i, j] += (scale * damping + (eta if p in natural else 0.0)) * (u[p] * v[p]).sum()
+                for p in u.keys() & v.keys() & natural.keys():
+                    H[i, j] += (scale * damping + eta) * (u[p] * v[p]).sum()
         slope = torch.stack(
             [sum((decayed[p] * v[p]).sum() for p in v) + torch.zeros((), dtype=F64) for v in directions]
         )
@@ -270,6 +270,61 @@ def test_a_closure_must_return_the_loss():
     optimizer = adaptive(model)
     with pytest.raises(TypeError, match=r"closure must return the loss.*NoneType"):
         optimizer.step(lambda: F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward())
+
+
+def first_reduction(damping: float) -> float:
+    """The change of the loss in a first step at this damping."""
+    model = network(dropout=0.0)
+    x, y = batch(0)
+    (told,) = train(model, adaptive(model, initial_damping=damping), range(1))
+    with torch.no_grad():
+        return float(F.cross_entropy(model(x), y)) - told["loss"]
+
+
+def test_the_first_step_finds_its_damping():
+    """From 150 down by fours, and better than there; momentum, gradients and streams know nothing of the trials."""
+    model = network(dropout=0.0)
+    optimizer = adaptive(model, initial_damping=None)
+    torch.manual_seed(100)
+    (told,) = train(model, optimizer, range(1))
+    steps = math.log(150 / told["damping"], 4)
+    assert steps == pytest.approx(round(steps))
+    assert steps >= 1
+    assert told["damping"] == optimizer.param_groups[0]["damping"]
+    assert first_reduction(told["damping"]) < first_reduction(150.0)
+    twin = network(dropout=0.0)
+    given = adaptive(twin, initial_damping=told["damping"])
+    train(twin, given, range(1))
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+    train(model, optimizer, range(1, 8))
+    train(twin, given, range(1, 8))
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+def test_the_papers_constants():
+    model = network()
+    optimizer = KFAC.paper(model, likelihood="categorical")
+    (group,) = optimizer.param_groups
+    assert group["adaptive_lr"] and group["adaptive_momentum"] and group["adaptive_damping"]
+    assert (group["weight_decay"], group["inverse_interval"], group["factor_interval"]) == (1e-5, 20, 1)
+    assert group["factor_decay"] == 0.95
+    assert optimizer.settings["factor_fraction"] == 1 / 8
+    assert optimizer.settings["quadratic_fraction"] == 1 / 4
+    assert optimizer.settings["fisher"] == "mc"
+    other = KFAC.paper(network(), likelihood="categorical", initial_damping=150.0, inverse_interval=5, compile=False)
+    assert (other.param_groups[0]["inverse_interval"], other.param_groups[0]["calibrate_damping"]) == (5, False)
+    with pytest.raises(ValueError, match="likelihood is needed"):
+        KFAC.paper(network())
+
+
+def test_the_papers_optimizer_trains():
+    """Twenty points of random classes, learnt by heart."""
+    model, (x, y) = network(dropout=0.0), batch(0)
+    optimizer = KFAC.paper(model, likelihood="categorical", compile=False)
+    losses = [
+        float(optimizer.step(closure_of(model, optimizer, lambda m: F.cross_entropy(m(x), y)))) for _ in range(40)
+    ]
+    assert losses[-1] < losses[0] / 10
 
 
 @pytest.mark.parametrize("step", [0, 3, 4])

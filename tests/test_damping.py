@@ -47,6 +47,52 @@ def test_damping_stays_within_its_bounds():
     assert bounded.next_damping(1.9, 0.0) == 2.0
 
 
+def tried(table):
+    """A first step that reduces by -table[damping][0] at rho = table[damping][1], and the dampings it was asked for."""
+    asked = []
+
+    def reduction_at(damping):
+        asked.append(damping)
+        gain, rho = table[damping]
+        return -gain, rho
+
+    return asked, reduction_at
+
+
+@pytest.mark.parametrize(
+    ("table", "found"),
+    [
+        # on and on while it gains, until the model is no longer trusted
+        ({64: (1, 1.9), 16: (2, 1.8), 4: (3, 1.2), 1: (4, 0.7)}, 1),
+        # the last gain is below a twentieth: not worth less damping
+        ({64: (1, 1.9), 16: (2, 1.8), 4: (2.09, 1.2)}, 16),
+        # a step that reduces less, or rises
+        ({64: (1, 1.9), 16: (0.5, 1.8)}, 64),
+        ({64: (1, 1.9), 16: (-5, -INF)}, 64),
+        # between 1/4 and 3/4 it stays, and where the model is wrong it grows
+        ({64: (1, 0.5)}, 64),
+        ({64: (-1, -INF), 256: (-1, -INF), 1024: (1, 0.3)}, 1024),
+        ({64: (1, 0.1), 256: (1, 0.9)}, 256),
+    ],
+)
+def test_where_the_damping_starts(table, found):
+    asked, reduction_at = tried(table)
+    assert Adaptation().calibrated(64, reduction_at) == found
+    assert asked == list(table)
+
+
+def test_the_search_for_a_start_ends():
+    asked = []
+
+    def ever_better(damping):
+        asked.append(damping)
+        return -1 / damping, 2.0
+
+    found = Adaptation().calibrated(1.0, ever_better)
+    assert len(asked) == 13
+    assert found == 4.0**-12
+
+
 def test_gammas():
     omega2 = 0.95**10
     assert Adaptation().gammas(0.5, 0.0) == pytest.approx((0.5, 0.5 * omega2, 0.5 / omega2))

@@ -59,6 +59,13 @@ def build_kfac(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> tor
     return KFAC(model, likelihood=task.likelihood, loss_scale=task.loss_scale, compile=compile, **own)
 
 
+def build_paper_kfac(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
+    """K-FAC with the constants of its paper, the same for every task."""
+    from kfac_triton import KFAC
+
+    return KFAC.paper(model, likelihood=task.likelihood, loss_scale=task.loss_scale, compile=compile)
+
+
 def build_default_sgd(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
     """torch's own defaults: lr 1e-3, no momentum."""
     return torch.optim.SGD(model.parameters())
@@ -79,6 +86,7 @@ ENTRANTS = {
         Entrant("sgd-default", build_default_sgd, tuned=False),
         Entrant("adamw-default", build_default_adamw, tuned=False),
         Entrant("kfac-default", build_kfac, tuned=False),
+        Entrant("kfac-paper", build_paper_kfac, tuned=False),
     )
 }
 BASELINES = ("sgd", "adamw")  # whose tuned results set the targets
@@ -112,5 +120,8 @@ def apply_schedule(
 
 
 def initial_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What schedules multiply: each group's lr and, for K-FAC, damping."""
-    return [{"lr": group["lr"], "damping": group.get("damping")} for group in optimizer.param_groups]
+    """What schedules multiply: each group's lr and, for a K-FAC that does not adapt it, damping."""
+    return [
+        {"lr": group["lr"], "damping": None if group.get("adaptive_damping") else group.get("damping")}
+        for group in optimizer.param_groups
+    ]

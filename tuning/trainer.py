@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,10 +138,18 @@ def train_step(
     batches: Iterator[tuple[Any, Any]],
     device: torch.device,
 ) -> Tensor:
-    inputs, targets = next(batches)
-    optimizer.zero_grad(set_to_none=True)
-    loss = task.loss(model(_to(inputs, device)), _to(targets, device))
-    loss.backward()
+    """One step on the next batch; returns its loss before the step."""
+    inputs, targets = (_to(part, device) for part in next(batches))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = task.loss(model(inputs), targets)
+        loss.backward()
+        return loss
+
+    if optimizer.param_groups[0].get("adaptive_damping"):
+        return cast(Tensor, optimizer.step(closure)).detach()
+    loss = closure()
     optimizer.step()
     return loss.detach()
 
