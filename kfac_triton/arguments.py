@@ -122,8 +122,12 @@ def check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "momentum", "damping"):
         value = group[name]
         if not isinstance(value, (int, float, Tensor)):
-            allowed = "a number or a 0-d tensor" if name == "lr" else "a number"
-            raise ValueError(f"{name} must be {allowed} (schedules do not exist yet); got {value!r}")
+            allowed = {
+                "lr": "a number, a 0-d tensor or a Schedule",
+                "momentum": "a number",
+                "damping": "a number or a Schedule",
+            }
+            raise ValueError(f"{name} must be {allowed[name]}; got {value!r}")
     if isinstance(group["lr"], Tensor) and group["lr"].dim() != 0:
         raise ValueError(f"lr as a tensor must be 0-d; got shape {tuple(group['lr'].shape)}")
     _number("lr", group["lr"], least=0.0)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from kfac_triton import arguments, assembly, checkpoint
+from kfac_triton import arguments, assembly, checkpoint, schedules
 from kfac_triton.adaptive import AdaptiveStep, Occasion
 from kfac_triton.approximations import average, kronecker
 from kfac_triton.capture import Streams
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import factored_damping
 from kfac_triton.likelihoods import Likelihood
+from kfac_triton.schedules import Schedule
 from kfac_triton.update import CompiledStep
 
 log = logging.getLogger("kfac_triton")
@@ -40,11 +41,11 @@ class KFAC(torch.optim.Optimizer):
         params: parameters or groups, as for torch.optim; by default all that require grad.
         lr: step length on V. A number or a 0-d tensor; V has the units of the parameters, so 1 is a full Newton step.
             "adaptive": from the quadratic model with exact Fisher products (Martens & Grosse 2015, section 6.4); the
-            group's lr, 1 by default, multiplies it.
+            group's lr, 1 by default, multiplies it. A `kfac_triton.schedules.Schedule` sets the group's lr each step.
         momentum: of the preconditioned steps; "adaptive": from the same model (section 7).
-        damping: added to eigenvalues of the Fisher of the mean nll, so it has that scale. "adaptive": by the ratio of
-            actual to predicted reduction every 5 steps, and a gamma of its own for the factors, searched for every 20
-            steps (sections 6.5 and 6.6). `step` then needs a closure.
+        damping: added to eigenvalues of the Fisher of the mean nll, so it has that scale; or a `Schedule` of it.
+            "adaptive": by the ratio of actual to predicted reduction every 5 steps, and a gamma of its own for the
+            factors, searched for every 20 steps (sections 6.5 and 6.6). `step` then needs a closure.
         initial_damping: where an adaptive damping starts (the paper: 150). None: the first step is tried and taken back
             at smaller and smaller dampings, from 150 down, for as long as that gains and the model can be trusted.
         weight_decay: l2 coefficient; it enters the gradient before preconditioning.
@@ -92,9 +93,9 @@ class KFAC(torch.optim.Optimizer):
         model: nn.Module,
         params: ParamsT | None = None,
         *,
-        lr: float | Tensor | str = 1e-2,
+        lr: float | Tensor | Schedule | str = 1e-2,
         momentum: float | str = 0.9,
-        damping: float | str = 1e-3,
+        damping: float | Schedule | str = 1e-3,
         initial_damping: float | None = None,
         weight_decay: float = 0.0,
         likelihood: str | Likelihood | None = None,
@@ -145,12 +146,13 @@ class KFAC(torch.optim.Optimizer):
             "inverse_interval": inverse_interval,
             "step": 0,
         }
+        schedules.take_out(defaults)
         arguments.check_group(defaults)
         if defaults["adaptive_damping"]:
             defaults["gamma"] = math.sqrt(defaults["damping"] + weight_decay / loss_scale)
         if defaults["adaptive_lr"] and fallback_lr is None:
             fallback_lr = arguments.DEFAULT_FALLBACK_LR
-        defaults["fallback_ratio"] = arguments.fallback_ratio(fallback_lr, defaults["lr"])
+        defaults["fallback_ratio"] = arguments.fallback_ratio(fallback_lr, schedules.peak(defaults, "lr"))
         self._module = unwrapped(model)
         if params is None:
             params = [p for p in self._module.parameters() if p.requires_grad]
@@ -225,8 +227,9 @@ class KFAC(torch.optim.Optimizer):
         """As torch.optim; the new parameters must belong to the model."""
         if "kl_clip" in param_group and param_group["kl_clip"] is None:
             param_group["kl_clip"] = math.inf
+        schedules.take_out(param_group)
         if "fallback_lr" in param_group:
-            lr = param_group.get("lr", self.defaults["lr"])
+            lr = schedules.peak(param_group if "lr" in param_group else self.defaults, "lr")
             param_group["fallback_ratio"] = arguments.fallback_ratio(param_group.pop("fallback_lr"), lr)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -262,6 +265,8 @@ class KFAC(torch.optim.Optimizer):
         """
         curvature = self._attached()
         self._count_skipped()
+        for group in self.param_groups:
+            schedules.apply(group)
         adaptive = self._is_adaptive()
         if closure is None and self.param_groups[0]["adaptive_damping"]:
             raise RuntimeError(

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kfac_triton.initialisation import sparse_
 from kfac_triton.tuning.datasets import Dataset, load_curves, load_digits, load_mnist
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.task import Batches, Metric, Task, load_user_task
 
-INCOMING = 15  # weights a unit starts with
 JUDGED = 2_000  # training and test images that an evaluation looks at, the first ones of each
 CHUNK = 1_000  # rows of an evaluation's forward pass
 
@@ -89,12 +89,13 @@ BUILT_IN: dict[str, Callable[[Path | None, torch.device], Task]] = {
 
 
 def autoencoder(widths: tuple[int, ...]) -> nn.Sequential:
-    """Linear layers `widths` and back, logistic units between them except at the code and the output (logits)."""
+    """Linear layers `widths` and back, logistic units between them except at the code and the output (logits); Martens'
+    sparse initial weights."""
     mirrored = [*widths, *reversed(widths[:-1])]
     code = len(widths) - 2
     layers: list[nn.Module] = []
     for i in range(len(mirrored) - 1):
-        layers.append(sparse_linear(mirrored[i], mirrored[i + 1]))
+        layers.append(sparse_(nn.Linear(mirrored[i], mirrored[i + 1])))
         if i not in (code, len(mirrored) - 2):
             layers.append(nn.Sigmoid())
     return nn.Sequential(*layers)
@@ -106,16 +107,6 @@ def classifier(widths: tuple[int, ...]) -> nn.Sequential:
     for d_in, d_out in pairwise(widths):
         layers += [nn.Linear(d_in, d_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
-
-
-def sparse_linear(d_in: int, d_out: int) -> nn.Linear:
-    """A linear layer with Martens' sparse initial weights and no initial bias."""
-    layer = nn.Linear(d_in, d_out)
-    columns = torch.rand(d_out, d_in).topk(min(INCOMING, d_in)).indices
-    with torch.no_grad():
-        layer.weight.zero_().scatter_(1, columns, torch.randn(columns.shape))
-        layer.bias.zero_()
-    return layer
 
 
 def summed_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def train_step(
         return loss
 
     if optimizer.param_groups[0].get("adaptive_damping"):
-        return cast(Tensor, optimizer.step(closure)).detach()
+        return cast(Tensor, optimizer.step(cast(Callable[[], float], closure))).detach()
     loss = closure()
     optimizer.step()
     return loss.detach()

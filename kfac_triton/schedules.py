@@ -1,0 +1,184 @@
+"""Schedules over the optimizer's own steps, for `KFAC(lr=...)` and `KFAC(damping=...)`.
+
+A schedule is a frozen object: `schedule(k)` is the value of step k, which counts from 0. It lives in the parameter
+group as plain numbers, so a checkpoint takes it along; a step that is skipped does not count.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+class Schedule(ABC):
+    """A value for every step."""
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """The value of step `step`, counted from 0."""
+
+    @property
+    @abstractmethod
+    def peak(self) -> float:
+        """The largest value."""
+
+    def as_numbers(self) -> dict[str, Any]:
+        """The schedule as a dictionary of plain values, from which `restored` makes it again."""
+        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """Always `value`."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        _check("value", self.value, 0.0)
+
+    def __call__(self, step: int) -> float:
+        return self.value
+
+    @property
+    def peak(self) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """From `start` to `end` by a constant factor a step, over `steps`; then `end`."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            _check(name, getattr(self, name), above=0.0)
+        _check_count("steps", self.steps)
+
+    def __call__(self, step: int) -> float:
+        return float(self.start * (self.end / self.start) ** min(step / self.steps, 1.0))
+
+    @property
+    def peak(self) -> float:
+        return max(self.start, self.end)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """From `start` to `end` along half a cosine, over `steps`; then `end`."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            _check(name, getattr(self, name), 0.0)
+        _check_count("steps", self.steps)
+
+    def __call__(self, step: int) -> float:
+        share = (1 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2
+        return self.end + (self.start - self.end) * share
+
+    @property
+    def peak(self) -> float:
+        return max(self.start, self.end)
+
+
+@dataclass(frozen=True)
+class StepWise(Schedule):
+    """`start`, multiplied by `factor` at each of the steps in `milestones`."""
+
+    start: float
+    factor: float
+    milestones: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check("start", self.start, 0.0)
+        _check("factor", self.factor, above=0.0)
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        for milestone in self.milestones:
+            _check_count("milestones", milestone)
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"milestones must rise; got {self.milestones!r}")
+
+    def __call__(self, step: int) -> float:
+        return float(self.start * self.factor ** sum(step >= milestone for milestone in self.milestones))
+
+    @property
+    def peak(self) -> float:
+        return max(self.start, self(self.milestones[-1])) if self.milestones else self.start
+
+
+@dataclass(frozen=True)
+class WarmUp(Schedule):
+    """A linear rise to the first value of `then` over `steps`, and then that schedule from its beginning."""
+
+    steps: int
+    then: Schedule
+
+    def __post_init__(self) -> None:
+        _check_count("steps", self.steps)
+        if not isinstance(self.then, Schedule):
+            raise ValueError(f"then must be a Schedule; got {self.then!r}")
+
+    def __call__(self, step: int) -> float:
+        return self.then(0) * (step + 1) / self.steps if step < self.steps else self.then(step - self.steps)
+
+    @property
+    def peak(self) -> float:
+        return self.then.peak
+
+    def as_numbers(self) -> dict[str, Any]:
+        return {"kind": "WarmUp", "steps": self.steps, "then": self.then.as_numbers()}
+
+
+KINDS: dict[str, type[Schedule]] = {kind.__name__: kind for kind in (Constant, Exponential, Cosine, StepWise, WarmUp)}
+
+
+def restored(numbers: dict[str, Any]) -> Schedule:
+    """The schedule that `as_numbers` wrote down."""
+    values = {name: value for name, value in numbers.items() if name != "kind"}
+    if "then" in values:
+        values["then"] = restored(values["then"])
+    return KINDS[numbers["kind"]](**values)
+
+
+def take_out(group: dict[str, Any]) -> None:
+    """Puts numbers in the place of the group's schedules, which go to "lr_schedule" and "damping_schedule"."""
+    for name in ("lr", "damping"):
+        value = group.get(name)
+        if isinstance(value, Schedule):
+            group[f"{name}_schedule"] = value.as_numbers()
+            group[name] = value(0)
+        elif name in group:
+            group.setdefault(f"{name}_schedule", None)
+
+
+def apply(group: dict[str, Any]) -> None:
+    """Sets what is scheduled to its value for the group's step."""
+    for name in ("lr", "damping"):
+        if group[f"{name}_schedule"] is not None:
+            group[name] = restored(group[f"{name}_schedule"])(group["step"])
+
+
+def peak(group: dict[str, Any], name: str) -> Any:
+    """The largest value that the group's `name` will have: its schedule's, else what it is."""
+    numbers = group.get(f"{name}_schedule")
+    return group[name] if numbers is None else restored(numbers).peak
+
+
+def _check(name: str, value: Any, least: float = -math.inf, *, above: float = -math.inf) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and value >= least and value > above):
+        allowed = f">= {least:g}" if math.isfinite(least) else f"> {above:g}"
+        raise ValueError(f"{name} must be a number {allowed}; got {value!r}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
