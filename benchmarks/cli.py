@@ -44,7 +44,8 @@ def run(
         typer.Argument(metavar="[TASK]...", help="Built-in names or path/to/file.py:factory; default: digits."),
     ] = None,
     optimizers: Annotated[
-        str, typer.Option(help="Comma-separated; also kfac-paper, sgd-default, adamw-default, kfac-default.")
+        str,
+        typer.Option(help="Comma-separated; also kfac-paper, kfac-tridiagonal (both -no-momentum too), *-default."),
     ] = "sgd,adamw,kfac",
     budget: Annotated[float | None, typer.Option(help="Seconds for the whole command, tuning included.")] = None,
     seeds: Annotated[int, typer.Option(help="Report seeds.")] = 3,

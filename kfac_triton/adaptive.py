@@ -173,20 +173,20 @@ class AdaptiveStep:
     ) -> Proposal:
         """The best of the proposals for three gammas; its gamma and inverses stay."""
         state, groups = optimizer.state, optimizer.param_groups
-        found: list[tuple[float, float, Proposal, list[tuple[nn.Parameter, Tensor, Tensor]]]] = []
+        found: list[tuple[float, float, Proposal, dict[nn.Parameter, dict[str, Tensor]]]] = []
         for gamma in dict.fromkeys(self._adaptation.gammas(groups[0]["gamma"], groups[0]["weight_decay"])):
             for group in groups:
                 group["gamma"] = gamma
             curvature.update_inverses(state, group_of.__getitem__, all_of_them=True)
             arguments = assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite)
             proposal = self.propose(optimizer, arguments, fallback, now)
-            inverses = [(w, state[w]["A_inv"], state[w]["G_inv"]) for w in curvature.blocks if "A_inv" in state[w]]
+            inverses = {w: curvature.inverses(state[w]) for w in curvature.blocks}
             found.append((_ordered(proposal.predicted), gamma, proposal, inverses))
         _, gamma, proposal, inverses = min(found, key=lambda candidate: candidate[0])
         for group in groups:
             group["gamma"] = gamma
-        for w, A_inv, G_inv in inverses:
-            state[w]["A_inv"], state[w]["G_inv"] = A_inv, G_inv
+        for w, own in inverses.items():
+            state[w].update(own)
         return proposal
 
     def _loss(self, now: Occasion) -> float:

@@ -14,7 +14,7 @@ from kfac_triton.likelihoods import Likelihood, as_likelihood
 
 # What each argument takes today; the refused values belong to later issues of the public contract.
 FISHERS = ("mc", "exact", "empirical")
-APPROXIMATIONS = ("kronecker",)
+APPROXIMATIONS = ("kronecker", "tridiagonal")
 WEIGHT_SHARINGS = ("expand", "reduce")
 
 
@@ -44,6 +44,9 @@ class Settings:
                 'likelihood is needed unless fisher="empirical": pass "categorical", "bernoulli", "gaussian" '
                 "or a kfac_triton.Likelihood"
             )
+        if self.approximation == "tridiagonal" and (self.fisher == "empirical" or self.weight_sharing == "reduce"):
+            given = f'fisher="{self.fisher}"' if self.fisher == "empirical" else 'weight_sharing="reduce"'
+            raise ValueError(f'approximation must be "kronecker" with {given}; got "tridiagonal"')
         _number("loss_scale", self.loss_scale, above=0.0)
         _number("factor_fraction", self.factor_fraction, above=0.0, most=1.0)
         _number("quadratic_fraction", self.quadratic_fraction, above=0.0, most=1.0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from kfac_triton.approximations import tridiagonal
 from kfac_triton.curvature import Block
 from kfac_triton.update import Blocks, Fallback, Hyper, LayerPlan, Plan, Scalar
 
@@ -25,6 +26,9 @@ def assemble(
     ready = {w: b for w, b in blocks.items() if w in with_grad and "A_inv" in optimizer.state[w]}
     momentum = any(group["momentum"] != 0 for group in groups)
     plans, tensors, taken = [], Blocks(), set()
+    linked = any("chain" in optimizer.state[w] for w in ready)
+    if linked:
+        ready = _chained(optimizer, ready, blocks, tensors)
     for weight, block in ready.items():
         has_grad = block.bias is not None and block.bias in with_grad
         bias_group = group_of[id(block.bias)] if has_grad else group_of[id(weight)]
@@ -41,9 +45,25 @@ def assemble(
         trust_region=any(group["kl_clip"] < float("inf") for group in groups),
         momentum=momentum,
         weight_decay=any(group["weight_decay"] != 0 for group in groups),
+        chain=bool(ready) and linked,
         gated=finite.device.type != "cpu" or getattr(optimizer, "grad_scale", None) is not None,
     )
     return plan, _hyper(optimizer, parameters, unscale, finite), tensors, fallback
+
+
+def _chained(
+    optimizer: torch.optim.Optimizer,
+    ready: Mapping[nn.Parameter, Block],
+    blocks: Mapping[nn.Parameter, Block],
+    tensors: Blocks,
+) -> dict[nn.Parameter, Block]:
+    """The blocks in the chain's order, their links added to `tensors`; none before all of them have one."""
+    ordered = tridiagonal.in_order(optimizer.state, ready)
+    links = [tridiagonal.stored_link(optimizer.state[w]) for w in ordered[:-1]]
+    if len(ready) < len(blocks) or any(link is None for link in links):
+        return {}
+    tensors.links += [link for link in links if link is not None]
+    return {w: ready[w] for w in ordered}
 
 
 def _add_block(

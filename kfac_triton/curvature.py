@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import distributed
-from kfac_triton.approximations import kronecker
+from kfac_triton.approximations import kronecker, tridiagonal
 from kfac_triton.arguments import Settings
 from kfac_triton.blocks.layout import Layout
 from kfac_triton.capture import Inputs, RootInputs, sweep_inert
 from kfac_triton.damping import factored_damping
 from kfac_triton.empirical import EmpiricalSums
-from kfac_triton.fisher import FisherPass
+from kfac_triton.fisher import FisherPass, Seen
 from kfac_triton.statistics import block_layout, joint_biases, limited, weight_statistics
 
 log = logging.getLogger("kfac_triton")
@@ -53,6 +53,7 @@ class Curvature:
         self._sums: EmpiricalSums | None = None
         self._said: set[str] = set()
         self._named: set[nn.Parameter] = set()
+        self._chain: list[nn.Parameter] = []
         self._suspects: list[tuple[nn.Parameter, Tensor]] = []
         if settings.fisher == "empirical":
             self._sums = EmpiricalSums(module, parameters, settings)
@@ -102,6 +103,8 @@ class Curvature:
                 layout = kronecker.restored_layout(stored, weight)
                 self.blocks[weight] = Block(layout, parameters[int(stored["bias"])] if layout.bias else None)
         self.observed = bool(self.blocks)
+        if self.settings.approximation == "tridiagonal":
+            self._chain = tridiagonal.in_order(state, self.blocks)
 
     def update_factors(
         self,
@@ -135,6 +138,12 @@ class Curvature:
             self._adopt(weight, own.layout, own.bias, state)
             decay = group_of(weight)["factor_decay"]
             kronecker.update_factors(state[weight], own, decay, ok, at_once=distributed.active())
+        if self.settings.approximation == "tridiagonal" and list(statistics) == self._chain:
+            decay = group_of(next(iter(statistics)))["factor_decay"]
+            tridiagonal.update_cross_moments(
+                state, statistics, decay, dict(zip(statistics, usable.unbind(), strict=True))
+            )
+            distributed.average_([state[w][name] for w in list(statistics)[:-1] for name in ("A_next", "G_next")])
         self._suspects = list(zip(statistics, finite.unbind(), strict=True))
         distributed.average_([state[w][name] for w in statistics for name in "AG"])
         if finite.device.type == "cpu":
@@ -142,6 +151,7 @@ class Curvature:
 
     def update_inverses(self, state: State, group_of: GroupOf, *, all_of_them: bool = False) -> None:
         """Refreshes the inverses of every block whose group is due, or of `all_of_them`."""
+        refreshed = False
         for weight, block in self.blocks.items():
             group, stored = group_of(weight), state[weight]
             due = all_of_them or "A_inv" not in stored or inverse_due(group["step"], group["inverse_interval"])
@@ -150,6 +160,15 @@ class Curvature:
                 self._warn_once(
                     weight, f"its factors have no finite inverse, in double precision and damped more either; {instead}"
                 )
+            refreshed |= due
+        if refreshed and self.settings.approximation == "tridiagonal":
+            layouts = {w: b.layout for w, b in self.blocks.items()}
+            tridiagonal.update_links(state, layouts, {w: factored_damping(group_of(w)) for w in self.blocks})
+
+    @staticmethod
+    def inverses(stored: dict[str, Any]) -> dict[str, Tensor]:
+        """What a refresh of the inverses replaces in the state of a weight."""
+        return {name: t for name, t in stored.items() if name in ("A_inv", "G_inv") or name.startswith("link_")}
 
     def _statistics(
         self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, unscale: float | Tensor
@@ -178,7 +197,20 @@ class Curvature:
                 reduce=self.settings.weight_sharing == "reduce",
                 masked=self.settings.mask is not None,
             )
+        if self.settings.approximation == "tridiagonal" and statistics:
+            self._check_chain(seen, statistics)
         return statistics, reasons
+
+    def _check_chain(self, seen: Seen, statistics: dict[nn.Parameter, kronecker.Statistics]) -> None:
+        missing = [self.names[w] for w in self._chain if w not in statistics]
+        if missing:
+            raise RuntimeError(
+                'approximation="tridiagonal" needs a gradient for every layer of its chain in every step; '
+                f"{missing[0]} has none. Freeze layers before the first step"
+            )
+        if list(statistics) != self._chain:
+            tridiagonal.chain_of(seen, statistics, self.names)
+            self._chain = list(statistics)
 
     def _note_reasons(
         self,

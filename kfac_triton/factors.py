@@ -51,6 +51,17 @@ def mean_diagonal(F: Tensor, *, diagonal: bool) -> Tensor:
     return (F if diagonal else F.diagonal(dim1=-2, dim2=-1)).mean(dim=-1)
 
 
+def damped_factors(A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
+    """A + pi gamma I and G + gamma / pi I of dense factors, as `damped_inverses` inverts them."""
+    a, g = mean_diagonal(A, diagonal=False), mean_diagonal(G, diagonal=False)
+    gamma = torch.as_tensor(damping, dtype=A.dtype, device=A.device).sqrt()
+    pi = torch.where((a > 0) & (g > 0), (a / g).sqrt(), torch.ones_like(a))
+    A, G = A.clone(), G.clone()
+    A.diagonal().add_(pi * gamma)
+    G.diagonal().add_(gamma / pi)
+    return A, G
+
+
 def damped_inverses(
     A: Tensor, G: Tensor, damping: float | Tensor, *, diagonal_A: bool = False, diagonal_G: bool = False
 ) -> tuple[Tensor, Tensor] | None:

@@ -42,11 +42,13 @@ class SeenUse:
 
 @dataclass
 class Seen:
-    """What the passes of one step saw. `terms`: the loss terms in all of them; `unsupported`: parameter -> function."""
+    """What the passes of one step saw. `terms`: the loss terms in all of them; `unsupported`: parameter -> function;
+    `roots`: where the outputs stand in the backward graph of each pass."""
 
     uses: dict[nn.Parameter, list[SeenUse]] = field(default_factory=dict)
     unsupported: dict[nn.Parameter, str] = field(default_factory=dict)
     terms: float | Tensor = 0.0
+    roots: list[Any] = field(default_factory=list)
 
 
 def tensor_of_outputs(returned: Any, output: Callable[[Any], Tensor] | None) -> Tensor:
@@ -137,6 +139,7 @@ class FisherPass:
         valid = None if self.mask is None else counted_terms(self.mask, inputs, z.detach(), terms)
         seen.terms = seen.terms + (terms[..., 0].numel() if valid is None else valid.sum())
         seen.unsupported.update(recorder.uses.unsupported)
+        seen.roots.append(z.grad_fn)
         recorded = [(w, r) for w, uses in recorder.uses.recorded.items() for r in uses]
         if not recorded or not z.requires_grad:
             return

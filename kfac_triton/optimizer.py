@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from kfac_triton import arguments, assembly, checkpoint, schedules
 from kfac_triton.adaptive import AdaptiveStep, Occasion
-from kfac_triton.approximations import average, kronecker
+from kfac_triton.approximations import average, kronecker, tridiagonal
 from kfac_triton.capture import Streams
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import factored_damping
@@ -58,7 +58,8 @@ class KFAC(torch.optim.Optimizer):
             axis. `inputs` is the model's only argument, the tuple of several, or the dictionary of keyword arguments.
         fisher: "mc": targets sampled from the model. "exact": every output direction (the generalised Gauss-Newton
             matrix). "empirical": the gradients of your own loss, from modules of type Linear, Conv1d and Conv2d.
-        approximation: "kronecker", block-diagonal.
+        approximation: "kronecker", block-diagonal. "tridiagonal": neighbours in a chain of linear layers are coupled
+            (section 4.3); more memory and time in `kfac_triton.chain`.
         weight_sharing: "expand": a row for every position of a shared weight. "reduce": one for every example.
         factor_decay: beta of the running averages, min(1 - 1/k, factor_decay) at the k-th update.
         factor_interval, inverse_interval: steps between refreshes. In its first interval the inverse is refreshed at
@@ -404,12 +405,15 @@ class KFAC(torch.optim.Optimizer):
         else:
             own_pass = self._settings.fisher != "empirical"
             rows = sum(kronecker.memory_of_rows(weight, block.layout) for weight, block in blocks.items() if own_pass)
+        cross, links = 0, 0
+        if self._settings.approximation == "tridiagonal":
+            cross, links = tridiagonal.memory([(weight, block.layout) for weight, block in blocks.items()])
         covered = {*blocks, *(block.bias for block in blocks.values())}
         sizes = {p: p.numel() * p.element_size() for p in self._parameters()}
         momentum = {id(p) for g in self.param_groups if g["momentum"] != 0 for p in g["params"]}
         usage = {
-            "factors": factors,
-            "inverses": factors,
+            "factors": factors + cross,
+            "inverses": factors + links,
             "momentum": sum(size for p, size in sizes.items() if p in covered and id(p) in momentum),
             "fallback": sum(2 * size for p, size in sizes.items() if p not in covered),
             "rows": rows,

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kfac_triton import ops
+from kfac_triton import chain, ops
 from kfac_triton.blocks.layout import Layout
+from kfac_triton.chain import Link
 
 log = logging.getLogger("kfac_triton")
 
@@ -44,7 +45,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides the graph of a step."""
+    """What decides the graph of a step. `chain`: the layers, in their order, are linked by a tridiagonal inverse."""
 
     layers: tuple[LayerPlan, ...]
     fallback_groups: tuple[int, ...]
@@ -52,6 +53,7 @@ class Plan:
     momentum: bool
     weight_decay: bool
     gated: bool
+    chain: bool = False
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Blocks:
     bias_buffers: list[Tensor] = field(default_factory=list)
     A_inv: list[Tensor] = field(default_factory=list)
     G_inv: list[Tensor] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
 
 
 @dataclass
@@ -110,6 +113,8 @@ def step_(plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
 def precondition(plan: Plan, hyper: Hyper, blocks: Blocks) -> tuple[list[Tensor], list[Tensor]]:
     """(grad + weight_decay W, V) of every layer as joint matrices."""
     grads = [_joint_gradient(plan, hyper, blocks, i) for i in range(len(plan.layers))]
+    if plan.chain:
+        return grads, chain.product(grads, blocks.links, blocks.A_inv[-1], blocks.G_inv[-1])
     V = [_aligned_like(grad) for grad in grads]
     if V:
         ops.kron_matmul_(V, blocks.G_inv, grads, blocks.A_inv)

@@ -21,7 +21,7 @@ ROOT = Path(kfac_triton.__file__).parent
 LEVELS = [
     {"kernels", "version", "likelihoods", "distributed", "schedules", "averaging", "batching", "initialisation"},
     {"ops", "blocks", "arguments", "damping"},
-    {"factors", "update", "capture"},
+    {"factors", "chain", "update", "capture"},
     {"approximations", "fisher"},
     {"statistics", "quadratic"},
     {"empirical", "curvature"},

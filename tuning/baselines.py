@@ -59,11 +59,15 @@ def build_kfac(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> tor
     return KFAC(model, likelihood=task.likelihood, loss_scale=task.loss_scale, compile=compile, **own)
 
 
-def build_paper_kfac(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
-    """K-FAC with the constants of its paper, the same for every task."""
-    from kfac_triton import KFAC
+def paper_kfac(**options: Any) -> Build:
+    """K-FAC with the constants of its paper, the same for every task, but for `options`."""
 
-    return KFAC.paper(model, likelihood=task.likelihood, loss_scale=task.loss_scale, compile=compile)
+    def build(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
+        from kfac_triton import KFAC
+
+        return KFAC.paper(model, likelihood=task.likelihood, loss_scale=task.loss_scale, compile=compile, **options)
+
+    return build
 
 
 def build_default_sgd(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
@@ -86,7 +90,10 @@ ENTRANTS = {
         Entrant("sgd-default", build_default_sgd, tuned=False),
         Entrant("adamw-default", build_default_adamw, tuned=False),
         Entrant("kfac-default", build_kfac, tuned=False),
-        Entrant("kfac-paper", build_paper_kfac, tuned=False),
+        Entrant("kfac-paper", paper_kfac(), tuned=False),
+        Entrant("kfac-tridiagonal", paper_kfac(approximation="tridiagonal"), tuned=False),
+        Entrant("kfac-paper-no-momentum", paper_kfac(momentum=0.0), tuned=False),
+        Entrant("kfac-tridiagonal-no-momentum", paper_kfac(approximation="tridiagonal", momentum=0.0), tuned=False),
     )
 }
 BASELINES = ("sgd", "adamw")  # whose tuned results set the targets
