@@ -46,14 +46,6 @@ class Proposal:
     predicted: Tensor
     decay: dict[nn.Parameter, float]
 
-    def decay_changes(self, before: Direction) -> float:
-        """The change of eta |w|^2 / 2 in the step from `before`."""
-        changes = [
-            eta * (_dot(before[p], self.delta[p]) + _dot(self.delta[p], self.delta[p]) / 2)
-            for p, eta in self.decay.items()
-        ]
-        return float(torch.stack(changes).sum()) if changes else 0.0
-
 
 @dataclass(frozen=True)
 class Occasion:
@@ -94,6 +86,7 @@ class AdaptiveStep:
         loss = None if now.closure is None else number(now.loss)
         if step == 0 and loss is not None:
             self._check_scale(now, loss)
+        fresh_rho = self._judge_last_step(optimizer, curvature, now, loss)
         search = first["adaptive_damping"] and step % self._adaptation.gamma_interval == 0
         curvature.update_inverses(optimizer.state, group_of.__getitem__, all_of_them=search)
         arguments = assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite)
@@ -107,7 +100,7 @@ class AdaptiveStep:
             proposal = self.propose(optimizer, arguments, fallback, now)
         report = {
             "loss": loss, "predicted_reduction": proposal.predicted, "lr": proposal.coefficients[0],
-            "momentum": proposal.coefficients[1], "reduction": None, "rho": None,
+            "momentum": proposal.coefficients[1], "reduction": None, "rho": None, "fresh_rho": fresh_rho,
             "damping": first["damping"], "gamma": factored_damping(first) ** 0.5,
         }  # fmt: skip
         for group in groups:
@@ -123,19 +116,60 @@ class AdaptiveStep:
                 optimizer.state[p]["momentum_buffer"] = proposal.delta[p]
         if check:
             assert loss is not None
-            reduction = self._loss(now) + proposal.decay_changes(before) - loss
-            rho = reduction_ratio(reduction, float(proposal.predicted))
+            predicted = float(proposal.predicted)
+            reduction = self._loss(now) + decay_changes(proposal.decay, before, proposal.delta) - loss
+            rho = reduction_ratio(reduction, predicted)
             report |= {"reduction": reduction, "rho": rho}
-            self._adapt(groups, rho)
+            for group in groups:
+                group["rho"], group["predicted"] = rho, predicted
             if not math.isfinite(reduction):
                 for p, value in before.items():
                     p.copy_(value)
+                self._reject(optimizer)
         return report
 
-    def _adapt(self, groups: list[Group], rho: float) -> None:
+    def take_back(self, optimizer: torch.optim.Optimizer) -> None:
+        """Undoes the last step of the covered parameters, after which nothing is finite any more."""
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if "momentum_buffer" in optimizer.state[p]:
+                    p.sub_(optimizer.state[p]["momentum_buffer"].to(p.dtype))
+        self._reject(optimizer)
+
+    def _reject(self, optimizer: torch.optim.Optimizer) -> None:
+        """More damping, and no momentum from a step that was taken back."""
+        self._adapt(optimizer.param_groups, -math.inf)
+        for group in optimizer.param_groups:
+            group["rho"] = None
+            for p in group["params"]:
+                if "momentum_buffer" in optimizer.state[p]:
+                    optimizer.state[p]["momentum_buffer"].zero_()
+
+    def _judge_last_step(
+        self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, loss: float | None
+    ) -> float | None:
+        """rho of the last step on this batch, to which it was not fitted; moves the damping now that both are known."""
+        first = optimizer.param_groups[0]
+        if not first["adaptive_damping"] or first["rho"] is None or loss is None:
+            return None
+        covered = {p for w, block in curvature.blocks.items() for p in (w, block.bias) if p is not None}
+        last = {p: d for p in covered if (d := optimizer.state[p].get("momentum_buffer")) is not None}
+        here = {p: p.clone() for p in last}
+        move_(last, -1.0)
+        decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"] if p in last}
+        change = loss - self._loss(now) + decay_changes(decay, cast(Direction, {p: p for p in last}), last)
+        for p, value in here.items():
+            p.copy_(value)
+        fresh_rho = reduction_ratio(change, first["predicted"])
+        self._adapt(optimizer.param_groups, first["rho"], fresh_rho)
+        for group in optimizer.param_groups:
+            group["rho"] = None
+        return fresh_rho
+
+    def _adapt(self, groups: list[Group], rho: float, fresh_rho: float = math.inf) -> None:
         for group in groups:
             if group["adaptive_damping"]:
-                group["damping"] = self._adaptation.next_damping(group["damping"], rho)
+                group["damping"] = self._adaptation.next_damping(group["damping"], rho, fresh_rho)
 
     def _calibrate(
         self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction, loss: float
@@ -153,7 +187,7 @@ class AdaptiveStep:
             proposal = self.propose(optimizer, arguments, fallback, now)
             before = {p: p.clone() for p in proposal.delta}
             move_(proposal.delta)
-            reduction = self._loss(now) + proposal.decay_changes(before) - loss
+            reduction = self._loss(now) + decay_changes(proposal.decay, before, proposal.delta) - loss
             for p, value in before.items():
                 p.copy_(value)
             return reduction, reduction_ratio(reduction, float(proposal.predicted))
@@ -260,7 +294,9 @@ class AdaptiveStep:
         if longest:  # an adaptive alpha would undo a factor that all share
             for own, v in natural.items():
                 v *= float(group_of[own]["lr"]) / longest
-        last = {p: optimizer.state[p]["momentum_buffer"] for p in natural if "momentum_buffer" in optimizer.state[p]}
+        last: Direction = {}
+        if first["adaptive_momentum"] or first["momentum"] != 0:
+            last = {p: optimizer.state[p]["momentum_buffer"] for p in natural}
         directions = [natural, last, fallback]
         fixed = [
             None if first["adaptive_lr"] else longest,
@@ -315,6 +351,12 @@ def fallback_direction(arguments: Arguments) -> Direction:
         moved[cast(nn.Parameter, p)] = p - before
         p.copy_(before)
     return moved
+
+
+def decay_changes(decay: dict[nn.Parameter, float], before: Direction, delta: Direction) -> float:
+    """By how much eta |w|^2 / 2 changes from `before` along delta, over the parameters of `decay`."""
+    changes = [eta * (_dot(before[p], delta[p]) + _dot(delta[p], delta[p]) / 2) for p, eta in decay.items() if eta]
+    return float(torch.stack(changes).sum()) if changes else 0.0
 
 
 def _ordered(predicted: Tensor) -> float:

@@ -116,6 +116,7 @@ def adaptive_groups(
     if kl_clip is not None and group["adaptive_lr"]:
         raise ValueError(f'kl_clip must be None with lr="adaptive", which finds its own length; got {kl_clip!r}')
     group["kl_clip"] = math.inf if kl_clip is None else kl_clip
+    group["rho"] = group["predicted"] = None  # of a step whose judgement is still to come
     group["calibrate_damping"] = group["adaptive_damping"] and initial_damping is None
     return group
 

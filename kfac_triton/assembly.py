@@ -24,7 +24,7 @@ def assemble(
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     with_grad = set(parameters)
     ready = {w: b for w, b in blocks.items() if w in with_grad and "A_inv" in optimizer.state[w]}
-    momentum = any(group["momentum"] != 0 for group in groups)
+    momentum = any(group["momentum"] != 0 or group["adaptive_damping"] for group in groups)
     plans, tensors, taken = [], Blocks(), set()
     linked = any("chain" in optimizer.state[w] for w in ready)
     if linked:

@@ -44,12 +44,18 @@ class Adaptation:
     def omega2(self) -> float:
         return math.sqrt(0.95) ** self.gamma_interval
 
-    def next_damping(self, damping: float, rho: float) -> float:
-        """Less damping where the model foretold at least 3/4 of the reduction (rho > 3/4), more below 1/4."""
-        if rho > 0.75:
-            damping *= self.omega1
-        elif not rho >= 0.25:
+    def next_damping(self, damping: float, rho: float, fresh_rho: float = math.inf) -> float:
+        """Less damping where the model can be trusted, more where not.
+
+        `rho` is the reduction ratio on the step's own batch: less above 3/4, more below 1/4, as in the paper. There a
+        model with more parameters than the batch has examples is always right, and the damping would vanish, so
+        `fresh_rho`, the ratio on the batch after it, has a veto: no less damping unless a quarter of the promise is
+        kept, and more where the step was a loss.
+        """
+        if not (rho >= 0.25 and fresh_rho >= 0):
             damping /= self.omega1
+        elif rho > 0.75 and fresh_rho > 0.25:
+            damping *= self.omega1
         return min(max(damping, self.least), self.most)
 
     def calibrated(self, damping: float, reduction_at: Callable[[float], tuple[float, float]]) -> float:

@@ -287,6 +287,8 @@ class KFAC(torch.optim.Optimizer):
         unscale, finite = self._scaler_state(parameters)
         if not parameters or (finite.device.type == "cpu" and not bool(finite)):
             curvature.forget()
+            if parameters and self.param_groups[0]["adaptive_damping"] and self._adaptive is not None:
+                self._adaptive.take_back(self)
             return loss
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
 
@@ -410,7 +412,8 @@ class KFAC(torch.optim.Optimizer):
             cross, links = tridiagonal.memory([(weight, block.layout) for weight, block in blocks.items()])
         covered = {*blocks, *(block.bias for block in blocks.values())}
         sizes = {p: p.numel() * p.element_size() for p in self._parameters()}
-        momentum = {id(p) for g in self.param_groups if g["momentum"] != 0 for p in g["params"]}
+        moving = [g for g in self.param_groups if g["momentum"] != 0 or g["adaptive_damping"]]
+        momentum = {id(p) for g in moving for p in g["params"]}
         usage = {
             "factors": factors + cross,
             "inverses": factors + links,
@@ -426,8 +429,9 @@ class KFAC(torch.optim.Optimizer):
 
         "damping" and "gamma" of the first group in that step, and "factors": {name: {"A": ..., "G": ...}}, each with a
         "trace" and a "condition" (largest over smallest eigenvalue, inf where that is not positive). An adaptive run
-        adds "loss" (None without a closure), "predicted_reduction" M(delta), "lr" alpha and "momentum" mu, and where
-        the loss was asked for again "reduction" and "rho" (else None).
+        adds "loss" (None without a closure), "predicted_reduction" M(delta), "lr" alpha and "momentum" mu; in every
+        fifth step "reduction" and "rho" on its own batch, in the one after it "fresh_rho", the same step's ratio on
+        the next batch (None in the others).
         """
         factors = self.factors()
         if not factors:

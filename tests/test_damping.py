@@ -37,6 +37,24 @@ def test_damping_moves_by_the_papers_factor(rho, power):
     assert Adaptation().next_damping(150.0, rho) == pytest.approx(150.0 * 0.95**power, rel=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("rho", "fresh", "power"),
+    [
+        (0.9, 0.3, 5),
+        (0.9, 0.25, 0),  # less than a quarter of the promise kept on the next batch: no less damping
+        (0.9, 0.0, 0),
+        (0.9, -1e-9, -5),  # a loss there
+        (0.9, -INF, -5),
+        (0.9, math.nan, -5),
+        (0.5, 0.9, 0),
+        (0.5, -0.1, -5),
+        (0.1, 0.9, -5),
+    ],
+)
+def test_the_next_batch_has_a_veto(rho, fresh, power):
+    assert Adaptation().next_damping(2.0, rho, fresh) == pytest.approx(2.0 * 0.95**power, rel=1e-14)
+
+
 def test_no_number_is_no_trust():
     assert Adaptation().next_damping(1.0, math.nan) == pytest.approx(0.95**-5)
 
