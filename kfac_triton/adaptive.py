@@ -24,7 +24,7 @@ from kfac_triton.capture import Inputs, Streams, changed_outputs, own_pass
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import Adaptation, factored_damping, reduction_ratio
 from kfac_triton.fisher import tensor_of_outputs
-from kfac_triton.quadratic import Direction, FisherProducts, minimise
+from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
 
 Group = dict[str, Any]
 Arguments = tuple[update.Plan, update.Hyper, update.Blocks, update.Fallback]
@@ -118,7 +118,7 @@ class AdaptiveStep:
             assert loss is not None
             predicted = float(proposal.predicted)
             reduction = self._loss(now) + decay_changes(proposal.decay, before, proposal.delta) - loss
-            rho = reduction_ratio(reduction, predicted)
+            rho = reduction_ratio(reduction, predicted, self._resolution(loss, first))
             report |= {"reduction": reduction, "rho": rho}
             for group in groups:
                 group["rho"], group["predicted"] = rho, predicted
@@ -160,11 +160,17 @@ class AdaptiveStep:
         change = loss - self._loss(now) + decay_changes(decay, cast(Direction, {p: p for p in last}), last)
         for p, value in here.items():
             p.copy_(value)
-        fresh_rho = reduction_ratio(change, first["predicted"])
+        fresh_rho = reduction_ratio(change, first["predicted"], self._resolution(loss, first))
         self._adapt(optimizer.param_groups, first["rho"], fresh_rho)
         for group in optimizer.param_groups:
             group["rho"] = None
         return fresh_rho
+
+    @staticmethod
+    def _resolution(loss: float, group: Group) -> float:
+        """The rounding error of a loss, summed in the parameters' precision or wider."""
+        dtype = group["params"][0].dtype
+        return 10 * abs(loss) * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
     def _adapt(self, groups: list[Group], rho: float, fresh_rho: float = math.inf) -> None:
         for group in groups:
@@ -307,13 +313,14 @@ class AdaptiveStep:
         F = self._fisher(directions, now, first["step"])
         H = F + _gram(directions, strength)
         b = torch.stack([_inner(gradient, v, F) for v in directions])
-        w, predicted = minimise(H, b, fixed)
+        w, _ = minimise(H, b, fixed)
         if first["adaptive_lr"] and longest != 1.0:
             w[0] *= longest
-            predicted = w @ H @ w / 2 + b @ w
-        delta = _combined(directions, w)
         decay = {p: group_of[p]["weight_decay"] for p in natural if group_of[p]["weight_decay"]}
-        return Proposal(delta, w, predicted, decay)
+        if now.loss is not None:
+            height = number(now.loss) + float(sum(eta * _dot(p, p) for p, eta in decay.items())) / 2
+            w = within(w, H, b, height) if height > 0 else w
+        return Proposal(_combined(directions, w), w, w @ H @ w / 2 + b @ w, decay)
 
     def _fisher(self, directions: list[Direction], now: Occasion, step: int) -> Tensor:
         """scale v_i^T F v_j, with zeros for directions that are empty."""

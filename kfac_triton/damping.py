@@ -20,10 +20,16 @@ def factored_damping(group: dict[str, Any]) -> float:
     return damping
 
 
-def reduction_ratio(change: float, predicted: float) -> float:
-    """rho: the change of the objective over the model's; -inf where the objective rose or either is no number."""
+def reduction_ratio(change: float, predicted: float, resolution: float = 0.0) -> float:
+    """rho: the change of the objective over the model's; -inf where either is no number.
+
+    Where the model promises less than `resolution`, the rounding error of the objective, no ratio can be seen: 1, so
+    that steps too short to matter lose their damping.
+    """
+    if 0 > predicted >= -resolution and abs(change) <= 100 * resolution:
+        return 1.0
     rho = change / predicted if predicted < 0 else -math.inf
-    return rho if math.isfinite(rho) and change <= 0 else -math.inf
+    return rho if math.isfinite(rho) else -math.inf
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,10 @@ class Adaptation:
         `rho` is the reduction ratio on the step's own batch: less above 3/4, more below 1/4, as in the paper. There a
         model with more parameters than the batch has examples is always right, and the damping would vanish, so
         `fresh_rho`, the ratio on the batch after it, has a veto: no less damping unless a quarter of the promise is
-        kept, and more where the step was a loss.
+        kept, and more where a quarter of it was lost. Between them lies the noise of small steps, as often above as
+        below zero.
         """
-        if not (rho >= 0.25 and fresh_rho >= 0):
+        if not (rho >= 0.25 and fresh_rho >= -0.25):
             damping /= self.omega1
         elif rho > 0.75 and fresh_rho > 0.25:
             damping *= self.omega1

@@ -80,7 +80,8 @@ def damped_inverses(
     """
     a, g = mean_diagonal(A, diagonal=diagonal_A), mean_diagonal(G, diagonal=diagonal_G)
     gamma = torch.as_tensor(damping, dtype=A.dtype, device=A.device).sqrt()
-    present = (a > 0) & (g > 0)
+    smallest = torch.finfo(A.dtype).tiny  # below, 1 / a overflows
+    present = (a > smallest) & (g > smallest)
     a, g = torch.where(present, a, 1.0), torch.where(present, g, 1.0)
     d = torch.where(present, gamma / (a.sqrt() * g.sqrt()), gamma)
     inverses: list[Tensor] = []

@@ -216,13 +216,13 @@ class FisherPass:
             log.warning(message, *values)
 
 
-def part_of_batch(inputs: Inputs, fraction: float, update: int) -> Inputs | None:
-    """`fraction` of the examples, never fewer than min(N, 64), from a place that moves with `update`.
+def part_of_batch(inputs: Inputs, fraction: float, update: int, least: int = MIN_SAMPLES) -> Inputs | None:
+    """`fraction` of the examples, never fewer than min(N, least), from a place that moves with `update`.
 
     None where the inputs differ in their first axis, so that no part of the batch can be cut out.
     """
     N = _batch_size(inputs)
-    n = max(math.ceil(N * fraction), min(N, MIN_SAMPLES))
+    n = max(math.ceil(N * fraction), min(N, least))
     if n >= N:
         return inputs
     if any(t.dim() and t.shape[0] != N for t in inputs.tensors()):

@@ -76,6 +76,7 @@ def _by_double_backward(outputs: Outputs, values: tuple[Tensor, ...], tangents: 
     return z.detach(), torch.stack(products)
 
 
+MIN_EXAMPLES = 128  # with fewer, one hard example outside the part makes a step many times too long
 DEPENDENT = 1e-10  # a smaller eigenvalue of unit curvatures means that the directions are one
 WAYS = (_all_at_once, _one_by_one, _by_double_backward)
 
@@ -109,7 +110,8 @@ class FisherProducts:
     ) -> Tensor:
         """F_ij = v_i^T F v_j (k, k), float64, for directions v_i; a parameter that one leaves out stands still in it.
 
-        `fraction` of every batch is used, from a place that moves with `update`; all of it where none can be cut out.
+        `fraction` of every batch is used, never fewer than min(N, 128) examples, from a place that moves with `update`;
+        all of it where none can be cut out.
         `seed`: of the random numbers in the passes; with the streams as the user's pass found them, dropout is its own.
 
         Raises:
@@ -121,7 +123,7 @@ class FisherProducts:
         total = torch.zeros(len(directions), len(directions), dtype=torch.float64, device=device)
         terms: float | Tensor = 0.0
         for number, whole in enumerate(kept):
-            inputs = part_of_batch(whole, self.fraction, update) or whole
+            inputs = part_of_batch(whole, self.fraction, update, MIN_EXAMPLES) or whole
             own = seed if isinstance(seed, Streams) else seed + number
             with (
                 bare_pass(inputs, device, own),
@@ -192,3 +194,18 @@ def minimise(H: Tensor, b: Tensor, fixed: Sequence[float | None]) -> tuple[Tenso
     else:
         w[free] = torch.nan
     return w, w @ H @ w / 2 + b @ w
+
+
+def within(w: Tensor, H: Tensor, b: Tensor, most: float) -> Tensor:
+    """w, or the largest share of it whose predicted reduction is no more than `most`.
+
+    An objective that is never negative cannot fall by more than its height; a model that says so was fitted to other
+    examples than the gradient's.
+    """
+    slope, curvature = b @ w, w @ H @ w
+    if not bool(-(slope + curvature / 2) > most):
+        return w
+    root = (slope.square() - 2 * curvature * most).clamp(min=0).sqrt()
+    return w * (
+        2 * most / (root - slope)
+    )  # the smaller root of curvature s^2 / 2 + slope s + most, without cancellation

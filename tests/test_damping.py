@@ -17,7 +17,7 @@ INF = math.inf
         (-2.0, -4.0, 0.5),
         (-4.0, -2.0, 2.0),
         (0.0, -1.0, 0.0),
-        (1e-9, -1.0, -INF),  # the objective rose
+        (1.0, -2.0, -0.5),  # the objective rose
         (math.nan, -1.0, -INF),
         (INF, -1.0, -INF),
         (-INF, -1.0, -INF),
@@ -28,6 +28,20 @@ INF = math.inf
 )
 def test_reduction_ratio(change, predicted, rho):
     assert reduction_ratio(change, predicted) == rho
+
+
+@pytest.mark.parametrize(
+    ("change", "predicted", "rho"),
+    [
+        (5e-7, -1e-7, 1.0),  # both drown in the rounding error
+        (-5e-7, -1e-7, 1.0),
+        (1e-3, -1e-7, -1e4),  # the change does not
+        (5e-7, -1e-5, -0.05),  # neither does the promise
+        (math.nan, -1e-7, -INF),
+    ],
+)
+def test_a_promise_below_the_rounding_error_cannot_be_judged(change, predicted, rho):
+    assert reduction_ratio(change, predicted, resolution=1e-6) == pytest.approx(rho)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +56,12 @@ def test_damping_moves_by_the_papers_factor(rho, power):
     [
         (0.9, 0.3, 5),
         (0.9, 0.25, 0),  # less than a quarter of the promise kept on the next batch: no less damping
-        (0.9, 0.0, 0),
-        (0.9, -1e-9, -5),  # a loss there
+        (0.9, -0.25, 0),
+        (0.9, -0.26, -5),  # a loss there
         (0.9, -INF, -5),
         (0.9, math.nan, -5),
         (0.5, 0.9, 0),
-        (0.5, -0.1, -5),
+        (0.5, -0.3, -5),
         (0.1, 0.9, -5),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kfac_triton import quadratic
 from kfac_triton.capture import Inputs, bare_pass
 from kfac_triton.likelihoods import as_likelihood
-from kfac_triton.quadratic import FisherProducts, minimise
+from kfac_triton.quadratic import FisherProducts, minimise, within
 
 F64 = torch.float64
 
@@ -262,3 +262,29 @@ def test_a_direction_that_vanishes_gets_nothing():
 def test_a_model_that_is_not_finite_has_no_minimum(bad):
     H = torch.full((2, 2), bad, dtype=F64)
     assert minimise(H, torch.ones(2, dtype=F64), [None, None])[0].isnan().all()
+
+
+@pytest.mark.parametrize("most", [1e-9, 0.1, 0.9, 1.1])
+def test_no_more_reduction_is_promised_than_there_is_height(most):
+    H, b = spd(2), dense.randn(2)
+    w, M = minimise(H, b, [None, None])
+    height = most * -M
+    short = within(w, H, b, float(height))
+    reduction = -(short @ H @ short / 2 + b @ short)
+    if most > 1:
+        assert torch.equal(short, w)
+    else:
+        dense.assert_exact(reduction, height, 1e-8)
+        share = short / w
+        dense.assert_exact(share[0], share[1])
+        assert 0 < share[0] < 1
+
+
+def test_a_part_of_the_batch_for_the_products():
+    """A quarter of 600 examples from a moving place, and no fewer than 128 of them."""
+    model, _ = model_and_inputs("mlp")
+    x, vs = dense.randn(600, 3), directions(model)
+    part = products(model, fraction=0.25)
+    dense.assert_exact(part.gram(kept(x), vs, 0, update=2), dense.gram(model, x[300:450], vs, "gaussian"))
+    dense.assert_exact(part.gram(kept(x[:200]), vs, 0), dense.gram(model, x[:128], vs, "gaussian"))
+    dense.assert_exact(part.gram(kept(x[:100]), vs, 0), dense.gram(model, x[:100], vs, "gaussian"))
