@@ -45,7 +45,8 @@ class KFAC(torch.optim.Optimizer):
         momentum: of the preconditioned steps; "adaptive": from the same model (section 7).
         damping: added to eigenvalues of the Fisher of the mean nll, so it has that scale; or a `Schedule` of it.
             "adaptive": by the ratio of actual to predicted reduction every 5 steps, and a gamma of its own for the
-            factors, searched for every 20 steps (sections 6.5 and 6.6). `step` then needs a closure.
+            factors, searched for every 20 steps (sections 6.5 and 6.6); beyond the paper, the ratio on the next batch
+            has a veto, without which small batches diverge. `step` then needs a closure.
         initial_damping: where an adaptive damping starts (the paper: 150). None: the first step is tried and taken back
             at smaller and smaller dampings, from 150 down, for as long as that gains and the model can be trusted.
         weight_decay: l2 coefficient; it enters the gradient before preconditioning.
@@ -255,7 +256,7 @@ class KFAC(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, after running `closure` (zero_grad, loss, backward; returns the loss) where one is given.
 
-        Adaptive modes call it again, some times in the first step and once in every fifth: gradients, buffers and
+        Adaptive modes call it again, some times in the first step and twice in every five: gradients, buffers and
         random streams are afterwards as the first call left them.
 
         Raises:
