@@ -8,30 +8,23 @@ without a block move by AdamW; the model counts their movement in, at the coeffi
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from kfac_triton import assembly, distributed, update
+from kfac_triton import assembly, distributed, loss_scale, update
 from kfac_triton.arguments import Settings
-from kfac_triton.capture import Inputs, Streams, changed_outputs, own_pass
+from kfac_triton.capture import Inputs
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import Adaptation, factored_damping, reduction_ratio
-from kfac_triton.fisher import tensor_of_outputs
+from kfac_triton.objective import Objective, move_, moved
 from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
 
 Group = dict[str, Any]
 Arguments = tuple[update.Plan, update.Hyper, update.Blocks, update.Fallback]
-
-SCALE_LIMIT = 1.5  # of the true over the claimed loss_scale, or its inverse: beyond, an error
-SHIFT, MOST_SHIFT = 0.1, 1e4  # of the outputs; ten times more while the loss hides it below VISIBLE of itself
-VISIBLE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -49,16 +42,14 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Occasion:
-    """What one call of step() brings: parameters with a gradient, the inputs seen, and with a closure its loss and the
-    random streams as it found them."""
+    """One call of step(): parameters with a gradient, the inputs seen, what undoes a GradScaler's scale, whether every
+    gradient is finite, and with a closure the objective."""
 
     parameters: list[nn.Parameter]
     kept: list[Inputs]
     unscale: Tensor
     finite: Tensor
-    closure: Callable[[], Any] | None
-    loss: Any
-    streams: Streams | None
+    objective: Objective | None
 
 
 class AdaptiveStep:
@@ -81,26 +72,23 @@ class AdaptiveStep:
             ValueError: in the first step, with a closure: loss_scale does not fit the loss.
         """
         groups = optimizer.param_groups
-        first, step = groups[0], groups[0]["step"]
-        group_of = {p: group for group in groups for p in group["params"]}
-        loss = None if now.closure is None else number(now.loss)
-        if step == 0 and loss is not None:
-            self._check_scale(now, loss)
-        fresh_rho = self._judge_last_step(optimizer, curvature, now, loss)
+        first, step, objective = groups[0], groups[0]["step"], now.objective
+        if step == 0 and objective is not None:
+            loss_scale.check(self._loss_scale, objective, self._products, self._seed)
+        fresh_rho = self._judge_last_step(optimizer, curvature, objective)
         search = first["adaptive_damping"] and step % self._adaptation.gamma_interval == 0
-        curvature.update_inverses(optimizer.state, group_of.__getitem__, all_of_them=search)
-        arguments = assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite)
-        fallback = fallback_direction(arguments)
+        _refresh(optimizer, curvature, all_of_them=search)
+        fallback = fallback_direction(_arguments(optimizer, curvature, now))
         if step == 0 and first["calibrate_damping"]:
-            assert loss is not None
-            self._calibrate(optimizer, curvature, now, fallback, loss)
+            self._calibrate(optimizer, curvature, now, fallback)
         if search:
-            proposal = self._search(optimizer, curvature, now, fallback, group_of)
+            proposal = self._search(optimizer, curvature, now, fallback)
         else:
-            proposal = self.propose(optimizer, arguments, fallback, now)
+            proposal = self.propose(optimizer, curvature, now, fallback)
         report = {
-            "loss": loss, "predicted_reduction": proposal.predicted, "lr": proposal.coefficients[0],
-            "momentum": proposal.coefficients[1], "reduction": None, "rho": None, "fresh_rho": fresh_rho,
+            "loss": None if objective is None else objective.first, "predicted_reduction": proposal.predicted,
+            "lr": proposal.coefficients[0], "momentum": proposal.coefficients[1],
+            "reduction": None, "rho": None, "fresh_rho": fresh_rho,
             "damping": first["damping"], "gamma": factored_damping(first) ** 0.5,
         }  # fmt: skip
         for group in groups:
@@ -109,24 +97,27 @@ class AdaptiveStep:
             self._adapt(groups, -math.inf)
             return report
         check = first["adaptive_damping"] and (step + 1) % self._adaptation.interval == 0
-        before = {p: p.clone() for p in proposal.delta} if check else {}
-        move_(proposal.delta)
-        for p in proposal.delta:
-            if "momentum_buffer" in optimizer.state[p]:
-                optimizer.state[p]["momentum_buffer"] = proposal.delta[p]
         if check:
-            assert loss is not None
-            predicted = float(proposal.predicted)
-            reduction = self._loss(now) + decay_changes(proposal.decay, before, proposal.delta) - loss
-            rho = reduction_ratio(reduction, predicted, self._resolution(loss, first))
-            report |= {"reduction": reduction, "rho": rho}
-            for group in groups:
-                group["rho"], group["predicted"] = rho, predicted
-            if not math.isfinite(reduction):
-                for p, value in before.items():
-                    p.copy_(value)
-                self._reject(optimizer)
+            report |= self._check(optimizer, proposal, objective)
+        if not check or math.isfinite(report["reduction"]):
+            move_(proposal.delta)
+            for p in proposal.delta:
+                if "momentum_buffer" in optimizer.state[p]:
+                    optimizer.state[p]["momentum_buffer"] = proposal.delta[p]
         return report
+
+    def _check(
+        self, optimizer: torch.optim.Optimizer, proposal: Proposal, objective: Objective | None
+    ) -> dict[str, float]:
+        """rho of a proposal on its own batch, noted until the next judges it; more damping if it leads nowhere."""
+        assert objective is not None
+        reduction = _reduction(proposal, objective)
+        rho = reduction_ratio(reduction, float(proposal.predicted), objective.resolution)
+        for group in optimizer.param_groups:
+            group["rho"], group["predicted"] = rho, float(proposal.predicted)
+        if not math.isfinite(reduction):
+            self._reject(optimizer)
+        return {"reduction": reduction, "rho": rho}
 
     def take_back(self, optimizer: torch.optim.Optimizer) -> None:
         """Undoes the last step of the covered parameters, after which nothing is finite any more."""
@@ -146,31 +137,22 @@ class AdaptiveStep:
                     optimizer.state[p]["momentum_buffer"].zero_()
 
     def _judge_last_step(
-        self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, loss: float | None
+        self, optimizer: torch.optim.Optimizer, curvature: Curvature, objective: Objective | None
     ) -> float | None:
         """rho of the last step on this batch, to which it was not fitted; moves the damping now that both are known."""
         first = optimizer.param_groups[0]
-        if not first["adaptive_damping"] or first["rho"] is None or loss is None:
+        if not first["adaptive_damping"] or first["rho"] is None or objective is None:
             return None
-        covered = {p for w, block in curvature.blocks.items() for p in (w, block.bias) if p is not None}
+        covered = [p for w, block in curvature.blocks.items() for p in (w, block.bias) if p is not None]
         last = {p: d for p in covered if (d := optimizer.state[p].get("momentum_buffer")) is not None}
-        here = {p: p.clone() for p in last}
-        move_(last, -1.0)
         decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"] if p in last}
-        change = loss - self._loss(now) + decay_changes(decay, cast(Direction, {p: p for p in last}), last)
-        for p, value in here.items():
-            p.copy_(value)
-        fresh_rho = reduction_ratio(change, first["predicted"], self._resolution(loss, first))
+        with moved(last, -1.0):
+            change = objective.first - objective.loss() + decay_change(decay, last)
+        fresh_rho = reduction_ratio(change, first["predicted"], objective.resolution)
         self._adapt(optimizer.param_groups, first["rho"], fresh_rho)
         for group in optimizer.param_groups:
             group["rho"] = None
         return fresh_rho
-
-    @staticmethod
-    def _resolution(loss: float, group: Group) -> float:
-        """The rounding error of a loss, summed in the parameters' precision or wider."""
-        dtype = group["params"][0].dtype
-        return 10 * abs(loss) * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
     def _adapt(self, groups: list[Group], rho: float, fresh_rho: float = math.inf) -> None:
         for group in groups:
@@ -178,48 +160,40 @@ class AdaptiveStep:
                 group["damping"] = self._adaptation.next_damping(group["damping"], rho, fresh_rho)
 
     def _calibrate(
-        self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction, loss: float
+        self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction
     ) -> None:
         """Finds the damping to start from, and gamma with it, by first steps that are taken back."""
-        groups = optimizer.param_groups
-        group_of = {p: group for group in groups for p in group["params"]}
+        objective = now.objective
+        assert objective is not None
 
-        def reduction_at(damping: float) -> tuple[float, float]:
-            for group in groups:
+        def start_from(damping: float) -> None:
+            for group in optimizer.param_groups:
                 group["damping"] = damping
                 group["gamma"] = math.sqrt(damping + group["weight_decay"] / self._loss_scale)
-            curvature.update_inverses(optimizer.state, group_of.__getitem__, all_of_them=True)
-            arguments = assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite)
-            proposal = self.propose(optimizer, arguments, fallback, now)
-            before = {p: p.clone() for p in proposal.delta}
-            move_(proposal.delta)
-            reduction = self._loss(now) + decay_changes(proposal.decay, before, proposal.delta) - loss
-            for p, value in before.items():
-                p.copy_(value)
+            _refresh(optimizer, curvature, all_of_them=True)
+
+        def reduction_at(damping: float) -> tuple[float, float]:
+            start_from(damping)
+            proposal = self.propose(optimizer, curvature, now, fallback)
+            reduction = _reduction(proposal, objective)
             return reduction, reduction_ratio(reduction, float(proposal.predicted))
 
-        damping = self._adaptation.calibrated(groups[0]["damping"], reduction_at)
-        for group in groups:
-            group["damping"] = damping
-            group["gamma"] = math.sqrt(damping + group["weight_decay"] / self._loss_scale)
+        start_from(self._adaptation.calibrated(optimizer.param_groups[0]["damping"], reduction_at))
 
     def _search(
-        self,
-        optimizer: torch.optim.Optimizer,
-        curvature: Curvature,
-        now: Occasion,
-        fallback: Direction,
-        group_of: dict[nn.Parameter, Group],
+        self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction
     ) -> Proposal:
-        """The best of the proposals for three gammas; its gamma and inverses stay."""
+        """The best of the proposals for three gammas, the first that of the inverses; its gamma and inverses stay."""
         state, groups = optimizer.state, optimizer.param_groups
         found: list[tuple[float, float, Proposal, dict[nn.Parameter, dict[str, Tensor]]]] = []
-        for gamma in dict.fromkeys(self._adaptation.gammas(groups[0]["gamma"], groups[0]["weight_decay"])):
+        for gamma in dict.fromkeys(
+            self._adaptation.gammas(groups[0]["gamma"], groups[0]["weight_decay"] / self._loss_scale)
+        ):
             for group in groups:
                 group["gamma"] = gamma
-            curvature.update_inverses(state, group_of.__getitem__, all_of_them=True)
-            arguments = assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite)
-            proposal = self.propose(optimizer, arguments, fallback, now)
+            if found:
+                _refresh(optimizer, curvature, all_of_them=True)
+            proposal = self.propose(optimizer, curvature, now, fallback)
             inverses = {w: curvature.inverses(state[w]) for w in curvature.blocks}
             found.append((_ordered(proposal.predicted), gamma, proposal, inverses))
         _, gamma, proposal, inverses = min(found, key=lambda candidate: candidate[0])
@@ -229,68 +203,11 @@ class AdaptiveStep:
             state[w].update(own)
         return proposal
 
-    def _loss(self, now: Occasion) -> float:
-        assert now.closure is not None
-        assert now.streams is not None
-        return loss_again(now.closure, self._module, now.parameters, now.streams)
-
-    def _check_scale(self, now: Occasion, loss: float) -> None:
-        """Compares the second difference of the loss under shifted outputs z + e u with that of the likelihood.
-
-        With loss = c mean nll it is c e^2 sum u^T H u / L, H the Fisher of the outputs: their Hessian, since the
-        likelihoods are exponential families in z. The network has no part in it, nor have penalties on parameters.
-
-        Raises:
-            ValueError: c is not loss_scale; the message names it.
-        """
-        likely = self._likely_scale(now, loss)
-        if likely is not None and not 1 / SCALE_LIMIT < likely / self._loss_scale < SCALE_LIMIT:
-            raise ValueError(
-                f"loss_scale={self._loss_scale:g} does not fit the loss, which curves {likely / self._loss_scale:.3g} "
-                "times as much as loss_scale * mean nll over loss terms: the step would be wrong by that factor. "
-                f"Likely loss_scale={likely:.3g} (a sum over L terms: L; MSELoss on (N, C): 2/C; BCEWithLogitsLoss on "
-                "(N, C): 1/C); or the likelihood is not the loss's"
-            )
-
-    def _likely_scale(self, now: Occasion, loss: float) -> float | None:
-        """c, where loss = c mean nll over loss terms; None where the outputs are out of reach."""
-        step, curved, terms, reached = SHIFT, 0.0, 0.0, True
-
-        def shifted(inputs: Inputs, returned: Any) -> Any:
-            nonlocal curved, terms, reached
-            z = tensor_of_outputs(returned, self._products.output)
-            generator = torch.Generator(z.device).manual_seed(self._seed)
-            u = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-            found, count = self._products.output_gram(inputs, z.detach(), u.unsqueeze(0))
-            curved, terms = curved + float(found), terms + float(count)
-            changed = replaced(returned, z, z + step * u)
-            reached = changed is not None
-            return returned if changed is None else changed
-
-        while abs(step) < MOST_SHIFT:
-            curved, terms = 0.0, 0.0
-            with changed_outputs(self._module, shifted):
-                ahead = self._loss(now)
-                step = -step
-                behind = self._loss(now)
-                step = -step
-            if not reached or terms == 0 or curved == 0:
-                return None
-            difference = ahead + behind - 2 * loss
-            if abs(difference) > VISIBLE * abs(loss):
-                return difference / (step**2 * curved / terms)
-            step *= 10
-        return None
-
     def propose(
-        self,
-        optimizer: torch.optim.Optimizer,
-        arguments: Arguments,
-        fallback: Direction,
-        now: Occasion,
+        self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction
     ) -> Proposal:
         """The step that the model of the kept inputs asks for, with the inverses as they are."""
-        plan, hyper, blocks, tensors = arguments
+        plan, hyper, blocks, tensors = _arguments(optimizer, curvature, now)
         group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
         first = optimizer.param_groups[0]
         longest = max(float(group["lr"]) for group in optimizer.param_groups)
@@ -317,35 +234,21 @@ class AdaptiveStep:
         if first["adaptive_lr"] and longest != 1.0:
             w[0] *= longest
         decay = {p: group_of[p]["weight_decay"] for p in natural if group_of[p]["weight_decay"]}
-        if now.loss is not None:
-            height = number(now.loss) + float(sum(eta * _dot(p, p) for p, eta in decay.items())) / 2
+        if now.objective is not None:
+            height = now.objective.first + float(sum(eta * _dot(p, p) for p, eta in decay.items())) / 2
             w = within(w, H, b, height) if height > 0 else w
         return Proposal(_combined(directions, w), w, w @ H @ w / 2 + b @ w, decay)
 
     def _fisher(self, directions: list[Direction], now: Occasion, step: int) -> Tensor:
         """scale v_i^T F v_j, with zeros for directions that are empty."""
         present = [i for i, v in enumerate(directions) if v]
-        seed = self._seed if now.streams is None else now.streams
+        seed = self._seed if now.objective is None else now.objective.streams
         found = self._products.gram(now.kept, [directions[i] for i in present], seed, step)
         distributed.average_([found])
         F = found.new_zeros(len(directions), len(directions))
         index = torch.tensor(present, device=F.device)
         F[index.unsqueeze(1), index] = found
         return self._loss_scale * F
-
-
-def replaced(returned: Any, z: Tensor, new: Tensor) -> Any | None:
-    """What the model returned with `new` in the place of z; None where z does not stand in it."""
-    if returned is z:
-        return new
-    if getattr(returned, "logits", None) is z:
-        changed = copy.copy(returned)
-        changed.logits = new
-        return changed
-    leaves, structure = tree_flatten(returned)
-    if not any(leaf is z for leaf in leaves):
-        return None
-    return tree_unflatten([new if leaf is z else leaf for leaf in leaves], structure)
 
 
 def fallback_direction(arguments: Arguments) -> Direction:
@@ -360,9 +263,26 @@ def fallback_direction(arguments: Arguments) -> Direction:
     return moved
 
 
-def decay_changes(decay: dict[nn.Parameter, float], before: Direction, delta: Direction) -> float:
-    """By how much eta |w|^2 / 2 changes from `before` along delta, over the parameters of `decay`."""
-    changes = [eta * (_dot(before[p], delta[p]) + _dot(delta[p], delta[p]) / 2) for p, eta in decay.items() if eta]
+def _arguments(optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion) -> Arguments:
+    return assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite)
+
+
+def _refresh(optimizer: torch.optim.Optimizer, curvature: Curvature, *, all_of_them: bool) -> None:
+    """Refreshes the inverses that are due, or all of them."""
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    curvature.update_inverses(optimizer.state, group_of.__getitem__, all_of_them=all_of_them)
+
+
+def _reduction(proposal: Proposal, objective: Objective) -> float:
+    """By how much the objective, weight decay included, changes along a proposal, which is not taken."""
+    decay = decay_change(proposal.decay, proposal.delta)
+    with moved(proposal.delta):
+        return objective.loss() + decay - objective.first
+
+
+def decay_change(decay: dict[nn.Parameter, float], delta: Direction) -> float:
+    """By how much eta |w|^2 / 2 changes from here along delta, over the parameters w of `decay`."""
+    changes = [eta * (_dot(p, delta[p]) + _dot(delta[p], delta[p]) / 2) for p, eta in decay.items() if eta]
     return float(torch.stack(changes).sum()) if changes else 0.0
 
 
@@ -418,45 +338,3 @@ def _combined(directions: list[Direction], w: Tensor) -> Direction:
             part = v * coefficient.to(v.dtype)
             total[p] = total[p].add_(part) if p in total else part
     return total
-
-
-def move_(delta: Direction, scale: float = 1.0) -> None:
-    """parameter <- parameter + scale * delta."""
-    for p, d in delta.items():
-        p.add_(d.to(p.dtype), alpha=scale)
-
-
-def loss_again(
-    closure: Callable[[], Any], module: nn.Module, parameters: list[nn.Parameter], streams: Streams
-) -> float:
-    """The loss where the parameters are now, with the random numbers of `streams`.
-
-    Gradients, buffers, the random streams and what was kept for the factors are as before afterwards.
-    """
-    grads = [p.grad for p in parameters]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        for p in parameters:
-            p.grad = None
-        with own_pass(parameters[0].device), torch.enable_grad():
-            streams.restore(parameters[0].device)
-            loss = number(closure())
-    finally:
-        for p, grad in zip(parameters, grads, strict=True):
-            p.grad = grad
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    mean = torch.tensor(loss, dtype=torch.float64, device=parameters[0].device)
-    distributed.average_([mean])
-    return float(mean)
-
-
-def number(loss: Any) -> float:
-    """The loss that a closure returned.
-
-    Raises:
-        TypeError: it is no number.
-    """
-    if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
-        return float(loss.detach() if isinstance(loss, Tensor) else loss)
-    raise TypeError(f"the closure must return the loss, a 0-d tensor or a number; got {type(loss).__name__}")

@@ -55,8 +55,9 @@ def damped_factors(A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Tenso
     """A + pi gamma I and G + gamma / pi I of dense factors, as `damped_inverses` inverts them."""
     a, g = mean_diagonal(A, diagonal=False), mean_diagonal(G, diagonal=False)
     gamma = torch.as_tensor(damping, dtype=A.dtype, device=A.device).sqrt()
-    pi = torch.where((a > 0) & (g > 0), (a / g).sqrt(), torch.ones_like(a))
-    A, G = A.clone(), G.clone()
+    present = (a > torch.finfo(A.dtype).tiny) & (g > torch.finfo(A.dtype).tiny)
+    pi = torch.where(present, (a / g).sqrt(), torch.ones_like(a))
+    A, G = torch.where(present, A, 0.0), torch.where(present, G, 0.0)
     A.diagonal().add_(pi * gamma)
     G.diagonal().add_(gamma / pi)
     return A, G

@@ -19,6 +19,7 @@ from kfac_triton.capture import Streams
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import factored_damping
 from kfac_triton.likelihoods import Likelihood
+from kfac_triton.objective import Objective
 from kfac_triton.schedules import Schedule
 from kfac_triton.update import CompiledStep
 
@@ -286,7 +287,7 @@ class KFAC(torch.optim.Optimizer):
         curvature.root.watch(parameters)
         kept = curvature.root.take()
         unscale, finite = self._scaler_state(parameters)
-        if not parameters or (finite.device.type == "cpu" and not bool(finite)):
+        if not parameters or ((adaptive or finite.device.type == "cpu") and not bool(finite)):
             curvature.forget()
             if parameters and self.param_groups[0]["adaptive_damping"] and self._adaptive is not None:
                 self._adaptive.take_back(self)
@@ -305,7 +306,10 @@ class KFAC(torch.optim.Optimizer):
         curvature.forget()
         if adaptive:
             assert self._adaptive is not None
-            occasion = Occasion(parameters, kept, unscale, finite, closure, loss, streams)
+            objective = None
+            if closure is not None and streams is not None:
+                objective = Objective(closure, loss, curvature.module, parameters, streams)
+            occasion = Occasion(parameters, kept, unscale, finite, objective)
             self._last = self._adaptive.step(self, curvature, occasion)
             return loss
         curvature.update_inverses(self.state, group_of)

@@ -32,9 +32,10 @@ log = logging.getLogger("kfac_triton")
 
 Direction = dict[nn.Parameter, Tensor]
 Outputs = Callable[[tuple[Tensor, ...]], Tensor]
+Products = tuple[Tensor, Tensor]  # the outputs z, and J v of every direction (k, *z)
 
-
-Products = tuple[Tensor, Tensor]
+MIN_EXAMPLES = 128  # with fewer, one hard example outside the part makes a step many times too long
+DEPENDENT = 1e-10  # a smaller eigenvalue of unit curvatures means that the directions are one
 
 
 def _all_at_once(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
@@ -76,8 +77,6 @@ def _by_double_backward(outputs: Outputs, values: tuple[Tensor, ...], tangents: 
     return z.detach(), torch.stack(products)
 
 
-MIN_EXAMPLES = 128  # with fewer, one hard example outside the part makes a step many times too long
-DEPENDENT = 1e-10  # a smaller eigenvalue of unit curvatures means that the directions are one
 WAYS = (_all_at_once, _one_by_one, _by_double_backward)
 
 
@@ -205,7 +204,6 @@ def within(w: Tensor, H: Tensor, b: Tensor, most: float) -> Tensor:
     slope, curvature = b @ w, w @ H @ w
     if not bool(-(slope + curvature / 2) > most):
         return w
-    root = (slope.square() - 2 * curvature * most).clamp(min=0).sqrt()
-    return w * (
-        2 * most / (root - slope)
-    )  # the smaller root of curvature s^2 / 2 + slope s + most, without cancellation
+    # the smaller root of curvature s^2 / 2 + slope s + most
+    share = 2 * most / ((slope.square() - 2 * curvature * most).clamp(min=0).sqrt() - slope)
+    return w * share

@@ -47,29 +47,8 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True)
-class Exponential(Schedule):
-    """From `start` to `end` by a constant factor a step, over `steps`; then `end`."""
-
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        for name in ("start", "end"):
-            _check(name, getattr(self, name), above=0.0)
-        _check_count("steps", self.steps)
-
-    def __call__(self, step: int) -> float:
-        return float(self.start * (self.end / self.start) ** min(step / self.steps, 1.0))
-
-    @property
-    def peak(self) -> float:
-        return max(self.start, self.end)
-
-
-@dataclass(frozen=True)
-class Cosine(Schedule):
-    """From `start` to `end` along half a cosine, over `steps`; then `end`."""
+class _Ramp(Schedule):
+    """From `start` to `end` over `steps`; then `end`."""
 
     start: float
     end: float
@@ -80,13 +59,32 @@ class Cosine(Schedule):
             _check(name, getattr(self, name), 0.0)
         _check_count("steps", self.steps)
 
-    def __call__(self, step: int) -> float:
-        share = (1 + math.cos(math.pi * min(step / self.steps, 1.0))) / 2
-        return self.end + (self.start - self.end) * share
+    def _share(self, step: int) -> float:
+        """How much of the way is done, in [0, 1]."""
+        return min(step / self.steps, 1.0)
 
     @property
     def peak(self) -> float:
         return max(self.start, self.end)
+
+
+class Exponential(_Ramp):
+    """From `start` to `end`, both positive, by a constant factor a step, over `steps`; then `end`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("start", "end"):
+            _check(name, getattr(self, name), above=0.0)
+
+    def __call__(self, step: int) -> float:
+        return float(self.start * (self.end / self.start) ** self._share(step))
+
+
+class Cosine(_Ramp):
+    """From `start` to `end` along half a cosine, over `steps`; then `end`."""
+
+    def __call__(self, step: int) -> float:
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * self._share(step))) / 2
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ LEVELS = [
     {"ops", "blocks", "arguments", "damping"},
     {"factors", "chain", "update", "capture"},
     {"approximations", "fisher"},
-    {"statistics", "quadratic"},
+    {"statistics", "quadratic", "objective", "loss_scale"},
     {"empirical", "curvature"},
     {"assembly", "checkpoint"},
     {"adaptive"},

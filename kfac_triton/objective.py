@@ -1,0 +1,90 @@
+"""The user's closure as a function of where the parameters are, asked again without leaving a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_triton import distributed
+from kfac_triton.capture import Streams, own_pass
+
+
+class Objective:
+    """`first`: the loss that the closure returned in this step, the mean over all ranks."""
+
+    def __init__(
+        self,
+        closure: Callable[[], Any],
+        returned: Any,
+        module: nn.Module,
+        parameters: list[nn.Parameter],
+        streams: Streams,
+    ) -> None:
+        self.streams = streams
+        self._closure, self._module, self._parameters = closure, module, parameters
+        self._device = parameters[0].device
+        self.first = self._mean(returned)
+
+    def loss(self) -> float:
+        """The loss where the parameters are now, with the random numbers of the first call, the mean over all ranks.
+
+        Gradients, buffers, the random streams and what was kept for the factors are as before afterwards.
+        """
+        grads = [p.grad for p in self._parameters]
+        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+        try:
+            for p in self._parameters:
+                p.grad = None
+            with own_pass(self._device), torch.enable_grad():
+                self.streams.restore(self._device)
+                returned = self._closure()
+        finally:
+            for p, grad in zip(self._parameters, grads, strict=True):
+                p.grad = grad
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return self._mean(returned)
+
+    @property
+    def resolution(self) -> float:
+        """Changes of the loss that may be rounding errors."""
+        double = self._parameters[0].dtype == torch.float64
+        return 10 * abs(self.first) * torch.finfo(torch.float64 if double else torch.float32).eps
+
+    def _mean(self, returned: Any) -> float:
+        mean = torch.tensor(number(returned), dtype=torch.float64, device=self._device)
+        distributed.average_([mean])
+        return float(mean)
+
+
+def number(loss: Any) -> float:
+    """The loss that a closure returned.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if isinstance(loss, (int, float)) or (isinstance(loss, Tensor) and loss.numel() == 1):
+        return float(loss.detach() if isinstance(loss, Tensor) else loss)
+    raise TypeError(f"the closure must return the loss, a 0-d tensor or a number; got {type(loss).__name__}")
+
+
+def move_(delta: Mapping[nn.Parameter, Tensor], scale: float = 1.0) -> None:
+    """parameter <- parameter + scale * delta."""
+    for p, d in delta.items():
+        p.add_(d.to(p.dtype), alpha=scale)
+
+
+@contextmanager
+def moved(delta: Mapping[nn.Parameter, Tensor], scale: float = 1.0) -> Iterator[None]:
+    """In here the parameters are `scale` delta further; afterwards where they were, to the bit."""
+    before = {p: p.clone() for p in delta}
+    try:
+        move_(delta, scale)
+        yield
+    finally:
+        for p, value in before.items():
+            p.copy_(value)
