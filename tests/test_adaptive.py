@@ -582,3 +582,24 @@ def test_diagnostics_before_the_first_step_and_of_a_fixed_run():
     told = fixed.diagnostics()
     assert told["factors"]["0"]["A"]["trace"] == pytest.approx(float(fixed.factors()["0"]["A"].trace()), rel=1e-5)
     assert told["factors"]["0"]["G"]["condition"] >= 1
+
+
+def test_no_step_promises_more_than_the_height_of_the_objective():
+    """The part that the products see has small inputs, the rest large ones: most of the curvature is missed."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    x, y = dense.randn(600, 6).float(), dense.randn(600, 3, seed=2).float()
+    x[:150] *= 1e-2
+    optimizer = adaptive(
+        model,
+        likelihood="gaussian",
+        quadratic_fraction=0.25,
+        initial_damping=1e-6,
+        factor_fraction=1.0,
+        weight_decay=0.01,
+    )
+    closure = closure_of(model, optimizer, lambda m: 0.5 * (m(x) - y).square().sum(1).mean())
+    decay = 0.005 * sum(float(p.detach().square().sum()) for p in model.parameters())
+    optimizer.step(closure)
+    told = optimizer.diagnostics()
+    assert told["predicted_reduction"] == pytest.approx(-(told["loss"] + decay), rel=1e-4)
