@@ -9,6 +9,9 @@ intermediate of V's size in either, so A_inv always goes first. It reads d_out^2
 writes 2 d_out d_in. A diagonal factor goes last, in place on out, and needs no intermediate. The intermediate lies in
 memory as out does, so who calls with aligned rows has both products write aligned rows.
 
+With `bf16`, dense float32 layers are multiplied as bfloat16 matrices, the intermediate rounded too, with sums in
+float32: an error of some 2^-8 of the largest entries.
+
 One program of the kernel computes one tile of one matrix product; the matrices of a launch share shapes and strides,
 and a table of addresses says where each one is. Two launches serve any number of equal layers.
 """
@@ -38,7 +41,7 @@ from kfac_triton.kernels._launch import (
 Layer = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def reference(out: list[Tensor], G_inv: list[Tensor], V: list[Tensor], A_inv: list[Tensor]) -> None:
+def reference(out: list[Tensor], G_inv: list[Tensor], V: list[Tensor], A_inv: list[Tensor], bf16: bool = False) -> None:
     """The specification, the operator on the CPU, and the path through torch's own libraries on a GPU."""
     layers = _layers(out, G_inv, V, A_inv)
     scratch: dict[torch.dtype, Tensor] = {}
@@ -46,7 +49,10 @@ def reference(out: list[Tensor], G_inv: list[Tensor], V: list[Tensor], A_inv: li
         sizes = [_span(o) for o, G, _, A in layers if o.dtype == dtype and _dense(o, G, A)]
         scratch[dtype] = out[0].new_empty(max(sizes, default=0), dtype=dtype)
     for o, G, v, A in layers:
-        _product(o, G, v.to(o.dtype), A, scratch[o.dtype])
+        if bf16 and o.dtype == torch.float32 and _dense(o, G, A):
+            o.copy_(G.bfloat16() @ (v.bfloat16() @ A.bfloat16()))
+        else:
+            _product(o, G, v.to(o.dtype), A, scratch[o.dtype])
 
 
 def _layers(out: list[Tensor], G_inv: list[Tensor], V: list[Tensor], A_inv: list[Tensor]) -> list[Layer]:
@@ -204,22 +210,23 @@ def ahead_of_time(target: Any, dtype: str, tile: Tile, stages: int, precision: s
     return compile_ahead(grouped_matmul_kernel, types, constants, target, tile.warps, stages)
 
 
-def _on_gpu(out: list[Tensor], G_inv: list[Tensor], V: list[Tensor], A_inv: list[Tensor]) -> None:
+def _on_gpu(out: list[Tensor], G_inv: list[Tensor], V: list[Tensor], A_inv: list[Tensor], bf16: bool = False) -> None:
     rest: list[Layer] = []
     for bucket in _buckets(_layers(out, G_inv, V, A_inv)):
         o, G, _, A = bucket[0]
         grouped = len(bucket) * (len(o) if o.ndim == 3 else 1) >= GROUPED_FROM and max(o.shape[-2:]) <= GROUPED_SIDE
-        if o.dtype == torch.float32 and _dense(o, G, A) and prefers_triton(default=grouped):
+        if not bf16 and o.dtype == torch.float32 and _dense(o, G, A) and prefers_triton(default=grouped):
             launch(*(list(column) for column in zip(*bucket, strict=True)))
         else:
             rest += bucket
     if rest:
-        reference(*(list(column) for column in zip(*rest, strict=True)))
+        out, G_inv, V, A_inv = (list(column) for column in zip(*rest, strict=True))
+        reference(out, G_inv, V, A_inv, bf16)
 
 
 register(
     "kron_matmul_",
-    "(Tensor(a!)[] out, Tensor[] G_inv, Tensor[] V, Tensor[] A_inv) -> ()",
+    "(Tensor(a!)[] out, Tensor[] G_inv, Tensor[] V, Tensor[] A_inv, bool bf16=False) -> ()",
     cpu=reference,
     cuda=_on_gpu,
 )

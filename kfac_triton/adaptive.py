@@ -15,13 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import assembly, distributed, loss_scale, update
+from kfac_triton import assembly, distributed, loss_scale, ops, update
 from kfac_triton.arguments import Settings
 from kfac_triton.capture import Inputs
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import Adaptation, factored_damping, reduction_ratio
 from kfac_triton.objective import Objective, move_, moved
 from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
+
+ROUNDING = 0.95  # the share of a step's promise that its products in bfloat16 must keep
 
 Group = dict[str, Any]
 Arguments = tuple[update.Plan, update.Hyper, update.Blocks, update.Fallback]
@@ -38,6 +40,25 @@ class Proposal:
     coefficients: Tensor
     predicted: Tensor
     decay: dict[nn.Parameter, float]
+
+    @property
+    def promise(self) -> float:
+        """M(delta), inf where that is no number."""
+        value = float(self.predicted)
+        return value if math.isfinite(value) else math.inf
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A gamma with its inverses, and what they propose."""
+
+    gamma: float
+    proposal: Proposal
+    inverses: dict[nn.Parameter, dict[str, Tensor]]
+
+    @property
+    def promise(self) -> float:
+        return self.proposal.promise
 
 
 @dataclass(frozen=True)
@@ -183,25 +204,50 @@ class AdaptiveStep:
     def _search(
         self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction
     ) -> Proposal:
-        """The best of the proposals for three gammas, the first that of the inverses; its gamma and inverses stay."""
+        """The best of the proposals for three gammas, the first that of the inverses; its gamma and inverses stay.
+
+        The first step, whose gamma is a guess, goes on in the direction that was better.
+        """
         state, groups = optimizer.state, optimizer.param_groups
-        found: list[tuple[float, float, Proposal, dict[nn.Parameter, dict[str, Tensor]]]] = []
-        for gamma in dict.fromkeys(
-            self._adaptation.gammas(groups[0]["gamma"], groups[0]["weight_decay"] / self._loss_scale)
-        ):
-            for group in groups:
-                group["gamma"] = gamma
-            if found:
+
+        def tried(gamma: float) -> Candidate:
+            if gamma != start:
+                for group in groups:
+                    group["gamma"] = gamma
                 _refresh(optimizer, curvature, all_of_them=True)
             proposal = self.propose(optimizer, curvature, now, fallback)
-            inverses = {w: curvature.inverses(state[w]) for w in curvature.blocks}
-            found.append((_ordered(proposal.predicted), gamma, proposal, inverses))
-        _, gamma, proposal, inverses = min(found, key=lambda candidate: candidate[0])
+            return Candidate(gamma, proposal, {w: curvature.inverses(state[w]) for w in curvature.blocks})
+
+        least = groups[0]["weight_decay"] / self._loss_scale
+        start, smaller, larger = self._adaptation.gammas(groups[0]["gamma"], least)
+        best = min(map(tried, dict.fromkeys((start, smaller, larger))), key=lambda one: one.promise)
         for group in groups:
-            group["gamma"] = gamma
-        for w, own in inverses.items():
+            group["gamma"] = best.gamma
+        for w, own in best.inverses.items():
             state[w].update(own)
+        proposal = best.proposal
+        if curvature.settings.precision == "auto" and ops.multiplies_bf16_faster(now.finite.device):
+            return self._rounded_or_not(optimizer, curvature, now, fallback, proposal)
         return proposal
+
+    def _rounded_or_not(
+        self,
+        optimizer: torch.optim.Optimizer,
+        curvature: Curvature,
+        now: Occasion,
+        fallback: Direction,
+        proposal: Proposal,
+    ) -> Proposal:
+        """Products in bfloat16 until the next search, if the model promises nearly as much of their step."""
+        groups = optimizer.param_groups
+        proposals = {groups[0]["bf16"]: proposal}
+        for group in groups:
+            group["bf16"] = not group["bf16"]
+        proposals[groups[0]["bf16"]] = self.propose(optimizer, curvature, now, fallback)
+        rounded = proposals[True].promise <= ROUNDING * proposals[False].promise
+        for group in groups:
+            group["bf16"] = rounded
+        return proposals[rounded]
 
     def propose(
         self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction
@@ -264,7 +310,8 @@ def fallback_direction(arguments: Arguments) -> Direction:
 
 
 def _arguments(optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion) -> Arguments:
-    return assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite)
+    precision = curvature.settings.precision
+    return assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite, precision)
 
 
 def _refresh(optimizer: torch.optim.Optimizer, curvature: Curvature, *, all_of_them: bool) -> None:
@@ -284,11 +331,6 @@ def decay_change(decay: dict[nn.Parameter, float], delta: Direction) -> float:
     """By how much eta |w|^2 / 2 changes from here along delta, over the parameters w of `decay`."""
     changes = [eta * (_dot(p, delta[p]) + _dot(delta[p], delta[p]) / 2) for p, eta in decay.items() if eta]
     return float(torch.stack(changes).sum()) if changes else 0.0
-
-
-def _ordered(predicted: Tensor) -> float:
-    value = float(predicted)
-    return value if math.isfinite(value) else math.inf
 
 
 def _gradient_and_natural(

@@ -16,6 +16,7 @@ from kfac_triton.likelihoods import Likelihood, as_likelihood
 FISHERS = ("mc", "exact", "empirical")
 APPROXIMATIONS = ("kronecker", "tridiagonal")
 WEIGHT_SHARINGS = ("expand", "reduce")
+PRECISIONS = ("auto", "ieee", "bf16")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Settings:
     factor_fraction: float
     quadratic_fraction: float
     max_factor_dim: int
+    precision: str
     seed: int
     compile: bool
 
@@ -39,6 +41,7 @@ class Settings:
         _one_of("fisher", self.fisher, FISHERS)
         _one_of("approximation", self.approximation, APPROXIMATIONS)
         _one_of("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)
+        _one_of("precision", self.precision, PRECISIONS)
         if self.likelihood is None and self.fisher != "empirical":
             raise ValueError(
                 'likelihood is needed unless fisher="empirical": pass "categorical", "bernoulli", "gaussian" '

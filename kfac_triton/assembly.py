@@ -18,8 +18,9 @@ def assemble(
     blocks: Mapping[nn.Parameter, Block],
     unscale: Tensor,
     finite: Tensor,
+    precision: str = "ieee",
 ) -> tuple[Plan, Hyper, Blocks, Fallback]:
-    """The arguments of `update.step_` for the parameters that have gradients."""
+    """The arguments of `update.step_` for the parameters that have gradients; the groups say what "auto" means."""
     groups = optimizer.param_groups
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     with_grad = set(parameters)
@@ -46,6 +47,7 @@ def assemble(
         momentum=momentum,
         weight_decay=any(group["weight_decay"] != 0 for group in groups),
         chain=bool(ready) and linked,
+        bf16=precision == "bf16" or (precision == "auto" and bool(groups[0].get("bf16"))),
         gated=finite.device.type != "cpu" or getattr(optimizer, "grad_scale", None) is not None,
     )
     return plan, _hyper(optimizer, parameters, unscale, finite), tensors, fallback

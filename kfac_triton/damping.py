@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-CALIBRATION, CALIBRATION_TRIALS = 4.0, 12
+COARSE, FINE, WORTH, CALIBRATION_TRIALS = 16.0, 4.0, 1.02, 10
+AFTERWARDS = 1 / 16
 
 
 def factored_damping(group: dict[str, Any]) -> float:
@@ -68,24 +69,33 @@ class Adaptation:
     def calibrated(self, damping: float, reduction_at: Callable[[float], tuple[float, float]]) -> float:
         """Where the first step should start: `reduction_at(damping)` tries one, (reduction, rho), and takes it back.
 
-        Down by CALIBRATION while the model is trusted (rho > 3/4) and the reduction grows by a twentieth each time; up
-        while rho < 1/4.
+        Down by COARSE for as long as the objective falls further by WORTH each time and the model keeps half of what it
+        promises, then FINE up or down from there; up by COARSE while rho < 1/4. The start is AFTERWARDS of what suits
+        the first step best: fresh weights are no place to judge by, and damping that is too high falls slowly.
         """
-        reduction, rho = reduction_at(damping)
+        best, (reduction, rho) = damping, reduction_at(damping)
         for _ in range(CALIBRATION_TRIALS):
-            if not rho >= 0.25:
-                damping *= CALIBRATION
-                _, rho = reduction_at(damping)
-                if rho >= 0.25:
-                    break
-                continue
-            if rho <= 0.75:
+            if rho >= 0.25:
                 break
-            smaller, smaller_rho = reduction_at(damping / CALIBRATION)
-            if not (smaller_rho >= 0.25 and smaller < 1.05 * reduction):
+            best *= COARSE
+            reduction, rho = reduction_at(best)
+        else:
+            return min(best, self.most)
+
+        def tried(damping: float, worth: float) -> bool:
+            nonlocal best, reduction
+            found, rho = reduction_at(damping)
+            better = rho >= 0.5 and found < worth * reduction
+            if better:
+                best, reduction = damping, found
+            return better
+
+        for _ in range(CALIBRATION_TRIALS):
+            if not tried(best / COARSE, WORTH):
                 break
-            damping, reduction, rho = damping / CALIBRATION, smaller, smaller_rho
-        return min(max(damping, self.least), self.most)
+        if not tried(best / FINE, WORTH):
+            tried(best * FINE, 1 / WORTH)
+        return min(max(best * AFTERWARDS, self.least), self.most)
 
     def gammas(self, gamma: float, weight_decay: float) -> tuple[float, float, float]:
         """gamma, a smaller one not below sqrt(weight_decay), and a larger one not above `gamma_most`."""

@@ -107,9 +107,9 @@ def counted_terms(mask: Callable[[Any, Tensor], Tensor], inputs: Inputs, outputs
 class FisherPass:
     """Runs the module on kept inputs and collects the uses of its weights with their gradients.
 
-    `fraction` of each batch is used, never fewer than min(N, 64) examples, from a place that moves with each update.
-    Nothing is written to: parameters' `.grad`, buffers (BatchNorm's running statistics) and the global random streams
-    stay as they were.
+    `fraction` of each batch is used, never fewer than min(N, 64) examples, from a place that moves with each update;
+    in the k-th update at least 1/k of it, since the first averages stand on so little. Nothing is written to:
+    parameters' `.grad`, buffers (BatchNorm's running statistics) and the global random streams stay as they were.
     """
 
     module: nn.Module
@@ -202,7 +202,7 @@ class FisherPass:
 
     def _part(self, inputs: Inputs, update: int) -> Inputs:
         """`fraction` of the examples; all where the batch axis is not plain."""
-        part = part_of_batch(inputs, self.fraction, update)
+        part = part_of_batch(inputs, max(self.fraction, 1 / (update + 1)), update)
         if part is None:
             self._warn(
                 "the model's inputs differ in their first axis, so a part of the batch cannot be cut out; "

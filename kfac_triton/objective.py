@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ from kfac_triton.capture import Streams, own_pass
 
 
 class Objective:
-    """`first`: the loss that the closure returned in this step, the mean over all ranks."""
+    """`first`: the loss that the closure returned in this step, the mean over all ranks.
+
+    `forward_only`: the closure is asked again without its backward passes, which take two thirds of its time; false
+    once it has failed so, and for data-parallel ranks, whose wrapper waits for them.
+    """
 
     def __init__(
         self,
@@ -23,8 +28,10 @@ class Objective:
         module: nn.Module,
         parameters: list[nn.Parameter],
         streams: Streams,
+        forward_only: bool = True,
     ) -> None:
         self.streams = streams
+        self.forward_only = forward_only and not distributed.active()
         self._closure, self._module, self._parameters = closure, module, parameters
         self._device = parameters[0].device
         self.first = self._mean(returned)
@@ -34,6 +41,15 @@ class Objective:
 
         Gradients, buffers, the random streams and what was kept for the factors are as before afterwards.
         """
+        if self.forward_only:
+            try:
+                with no_backward():
+                    return self._mean(self._asked_again())
+            except Exception:  # whatever a closure does with gradients that are not there
+                self.forward_only = False
+        return self._mean(self._asked_again())
+
+    def _asked_again(self) -> Any:
         grads = [p.grad for p in self._parameters]
         buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
         try:
@@ -41,13 +57,12 @@ class Objective:
                 p.grad = None
             with own_pass(self._device), torch.enable_grad():
                 self.streams.restore(self._device)
-                returned = self._closure()
+                return self._closure()
         finally:
             for p, grad in zip(self._parameters, grads, strict=True):
                 p.grad = grad
             for buffer, before in buffers:
                 buffer.copy_(before)
-        return self._mean(returned)
 
     @property
     def resolution(self) -> float:
@@ -59,6 +74,21 @@ class Objective:
         mean = torch.tensor(number(returned), dtype=torch.float64, device=self._device)
         distributed.average_([mean])
         return float(mean)
+
+
+@contextmanager
+def no_backward() -> Iterator[None]:
+    """In here Tensor.backward and autograd.backward do nothing. Forward passes are those of training, graph and all, so
+    that compiled code and random numbers are the same."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    with (
+        mock.patch.object(torch.Tensor, "backward", nothing),
+        mock.patch.object(torch.autograd, "backward", nothing),
+    ):
+        yield
 
 
 def number(loss: Any) -> float:

@@ -48,7 +48,19 @@ def syrk_(F: Tensor, X: Tensor, alpha: Tensor, beta: Tensor, *, bias: bool = Fal
     torch.ops.kfac_triton.syrk_(F, X, alpha, beta, bias)
 
 
-def kron_matmul_(out: Sequence[Tensor], G_inv: Sequence[Tensor], V: Sequence[Tensor], A_inv: Sequence[Tensor]) -> None:
+def multiplies_bf16_faster(device: torch.device) -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers; false for other devices, none measured."""
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def kron_matmul_(
+    out: Sequence[Tensor],
+    G_inv: Sequence[Tensor],
+    V: Sequence[Tensor],
+    A_inv: Sequence[Tensor],
+    *,
+    bf16: bool = False,
+) -> None:
     """Preconditions a list of layers: out_i <- G_inv_i V_i A_inv_i.
 
     Args:
@@ -56,6 +68,7 @@ def kron_matmul_(out: Sequence[Tensor], G_inv: Sequence[Tensor], V: Sequence[Ten
         G_inv: (d_out, d_out) or (B, d_out, d_out); with one axis less, a diagonal that scales the rows. out's dtype.
         V: as out; also bfloat16 or float16.
         A_inv: (d_in, d_in) or (B, d_in, d_in); with one axis less, a diagonal that scales the columns. out's dtype.
+        bf16: round the matrices of dense float32 layers to bfloat16; sums stay in float32.
 
     Raises:
         ValueError: the lists differ in length, or an entry's shape, dtype or device is not one of these.
@@ -69,7 +82,7 @@ def kron_matmul_(out: Sequence[Tensor], G_inv: Sequence[Tensor], V: Sequence[Ten
     for i, (o, G, v, A) in enumerate(zip(out, G_inv, V, A_inv, strict=True)):
         _check_layer(i, o, G, v, A)
     load()
-    torch.ops.kfac_triton.kron_matmul_(list(out), list(G_inv), list(V), list(A_inv))
+    torch.ops.kfac_triton.kron_matmul_(list(out), list(G_inv), list(V), list(A_inv), bf16)
 
 
 def _check_syrk(F: Tensor, X: Tensor, bias: bool) -> None:

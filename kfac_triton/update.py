@@ -45,7 +45,8 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides the graph of a step. `chain`: the layers, in their order, are linked by a tridiagonal inverse."""
+    """What decides the graph of a step. `chain`: the layers, in their order, are linked by a tridiagonal inverse;
+    `bf16`: the products with the inverses are of bfloat16 numbers."""
 
     layers: tuple[LayerPlan, ...]
     fallback_groups: tuple[int, ...]
@@ -54,6 +55,7 @@ class Plan:
     weight_decay: bool
     gated: bool
     chain: bool = False
+    bf16: bool = False
 
 
 @dataclass
@@ -117,7 +119,7 @@ def precondition(plan: Plan, hyper: Hyper, blocks: Blocks) -> tuple[list[Tensor]
         return grads, chain.product(grads, blocks.links, blocks.A_inv[-1], blocks.G_inv[-1])
     V = [_aligned_like(grad) for grad in grads]
     if V:
-        ops.kron_matmul_(V, blocks.G_inv, grads, blocks.A_inv)
+        ops.kron_matmul_(V, blocks.G_inv, grads, blocks.A_inv, bf16=plan.bf16)
     return grads, V
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_triton import KFAC
+from kfac_triton import KFAC, ops
 from kfac_triton.curvature import Curvature
 
 F64 = torch.float64
@@ -283,7 +283,7 @@ def first_reduction(damping: float) -> float:
 
 
 def test_the_first_step_finds_its_damping():
-    """From 150 down by fours, and better than there; momentum, gradients and streams know nothing of the trials."""
+    """From 150 down by powers of four, and better than there; later steps know nothing of the trials."""
     model = network(dropout=0.0)
     optimizer = adaptive(model, initial_damping=None)
     torch.manual_seed(100)
@@ -356,6 +356,102 @@ def test_asking_for_the_loss_again_leaves_no_trace(step):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert optimizer._attached().root.take() == []
+
+
+def test_the_loss_is_asked_for_again_without_its_backward_pass():
+    """One backward pass a step, whatever the closure does with the gradients, and the same step as with all of them."""
+    passes, asked = [], []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            passes.append(1)
+            return grad
+
+    def run(needs_gradients: bool) -> tuple[nn.Module, bool, list[int], list[int]]:
+        passes.clear(), asked.clear()
+        model = network()
+        optimizer = adaptive(model)
+        for step in range(11):
+            x, y = batch(step)
+
+            def closure():
+                asked.append(1)
+                optimizer.zero_grad()
+                loss = Watched.apply(F.cross_entropy(model(x), y))  # noqa: B023
+                loss.backward()
+                if needs_gradients:
+                    model[0].weight.grad.mul_(1.0)
+                return loss
+
+            torch.manual_seed(100 + step)
+            optimizer.step(closure)
+        return model, optimizer._forward_only, list(passes), list(asked)
+
+    lean, stays, once, calls = run(needs_gradients=False)
+    assert (stays, len(once), len(calls)) == (True, 11, 11 + 2 + 2 * 2)
+    whole, stays, again, calls = run(needs_gradients=True)
+    assert (stays, len(again), len(calls)) == (False, 11 + 2 + 2 * 2, 11 + 1 + 2 + 2 * 2)
+    torch.testing.assert_close(lean.state_dict(), whole.state_dict())
+
+
+def test_a_closure_that_fails_fails():
+    model = network()
+    optimizer = adaptive(model)
+    x, y = batch(0)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) > 1:
+            raise OverflowError("the second call")
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(OverflowError, match="the second call"):
+        optimizer.step(closure)
+    assert torch.Tensor.backward.__name__ == torch.autograd.backward.__name__ == "backward"
+
+
+@pytest.mark.parametrize(("loss_of_rounding", "kept"), [(0.0, True), (1.0, False)])
+def test_products_are_rounded_while_the_model_promises_as_much(monkeypatch, loss_of_rounding, kept):
+    monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device: True)
+    exact = ops.kron_matmul_
+
+    def rounded(out, G_inv, V, A_inv, *, bf16=False):
+        exact(out, G_inv, V, A_inv)
+        if bf16:
+            for o in out:
+                o.add_(torch.randn_like(o), alpha=loss_of_rounding * float(o.norm()))
+
+    monkeypatch.setattr(ops, "kron_matmul_", rounded)
+    model, twin = network(dropout=0.0), network(dropout=0.0)
+    optimizer, given = adaptive(model), adaptive(twin, precision="ieee")
+    train(model, optimizer, range(21))
+    train(twin, given, range(21))
+    assert optimizer.param_groups[0]["bf16"] is kept
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_precision_of_a_step(monkeypatch):
+    """Asked for, products are rounded in steps of any kind; else only where the adaptive step found that it may."""
+    seen = []
+    exact = ops.kron_matmul_
+    monkeypatch.setattr(ops, "kron_matmul_", lambda *args, bf16=False: (seen.append(bf16), exact(*args, bf16=bf16))[1])
+    monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device: False)
+    for options, expected in (
+        ({"precision": "bf16"}, True), ({"precision": "ieee"}, False), ({}, False),
+        ({"precision": "bf16", **ADAPTIVE}, True), ({"precision": "ieee", **ADAPTIVE}, False), (ADAPTIVE, False),
+    ):  # fmt: skip
+        seen.clear()
+        model = network()
+        train(model, KFAC(model, likelihood="categorical", compile=False, **options), range(2))
+        assert set(seen) == {expected}, options
 
 
 def test_the_ratio_is_that_of_the_same_batch_and_mask():

@@ -62,6 +62,7 @@ NUMBERS = [math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]]
         ("loss_scale", [*NUMBERS, 0.0, -1.0], "> 0"),
         ("factor_decay", [*NUMBERS, -0.1, 1.0], "< 1"),
         ("factor_fraction", [*NUMBERS, 0, 0.0, -0.5, 2, 1.01], "> 0.*<= 1"),
+        ("precision", ["fp32", "tf32", None, 16], "auto.*ieee.*bf16"),
         ("quadratic_fraction", [*NUMBERS, 0, -0.5, 1.01], "> 0.*<= 1"),
         ("factor_interval", [*NUMBERS, 0, -1, 2.0], "integer >= 1"),
         ("inverse_interval", [*NUMBERS, 0, -1, 2.0], "integer >= 1"),

@@ -79,6 +79,18 @@ def test_gradient_of_another_dtype(precondition, dtype):
     check(layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounded_products(dtype):
+    """bf16 rounds what float32 layers are made of, and neither float64 ones nor diagonal factors."""
+    out, G, V, A = layer(40, 35)
+    layers = [(out, G, V.to(dtype), A), layer(40, 35, dtype=torch.float64), layer(40, 35, G_diagonal=True)]
+    kron_matmul.reference(*columns(layers), bf16=True)
+    check(layers[:1], tolerance=2**-7)
+    check(layers[1:])
+    with pytest.raises(AssertionError):
+        check(layers[:1], tolerance=2**-12)
+
+
 def test_layers_of_several_shapes(precondition):
     shapes = [(40, 35), (35, 40), (40, 35), (3, 50), (40, 35)]
     layers = [layer(*shape) for shape in shapes] + [layer(20, 18, batch=(3,))]

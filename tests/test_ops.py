@@ -37,6 +37,7 @@ def test_opcheck_syrk(arguments):
 
 def test_opcheck_kron_matmul():
     torch.library.opcheck(torch.ops.kfac_triton.kron_matmul_.default, kron_arguments())
+    torch.library.opcheck(torch.ops.kfac_triton.kron_matmul_.default, (*kron_arguments(), True))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -183,6 +184,9 @@ def test_kron_matmul_on_a_gpu_chooses(monkeypatch):
     kron_matmul._on_gpu(*(list(column) for column in zip(*grouped, *rest, strict=True)))
     assert {id(o) for o in chosen["triton"]} == {id(layer[0]) for layer in grouped}
     assert {id(o) for o in chosen["torch"]} == {id(layer[0]) for layer in rest}
+    chosen["torch"].clear()
+    kron_matmul._on_gpu(*(list(column) for column in zip(*grouped, strict=True)), bf16=True)
+    assert {id(o) for o in chosen["torch"]} == {id(layer[0]) for layer in grouped}
 
 
 WITHOUT_TRITON = """
