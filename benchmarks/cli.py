@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FAULT, MISTAKE, INTERRUPTED = 1, 2, 130
 STARTED = time.monotonic() - time.process_time()  # a budget counts from here: imports are part of the command
+DEFAULT_OPTIMIZERS = ("sgd", "adamw", "kfac")
 REPORTING = 8.0  # seconds of a budget kept for the report, at most a fifth of it
 
 app = typer.Typer(
@@ -44,14 +45,23 @@ def run(
         typer.Argument(metavar="[TASK]...", help="Built-in names or path/to/file.py:factory; default: digits."),
     ] = None,
     optimizers: Annotated[
-        str,
-        typer.Option(help="Comma-separated; also kfac-paper, kfac-tridiagonal (both -no-momentum too), *-default."),
-    ] = "sgd,adamw,kfac",
+        str | None,
+        typer.Option(
+            help="Comma-separated; default sgd,adamw,kfac. Also nesterov, kfac-paper, kfac-growing, kfac-tridiagonal, "
+            "*-no-momentum, *-default."
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="paper: the experiments of Martens & Grosse (2015), some three hours.")
+    ] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds for the whole command, tuning included.")] = None,
     seeds: Annotated[int, typer.Option(help="Report seeds.")] = 3,
     trials: Annotated[int | None, typer.Option(help="Settings tried for each tuned optimizer; default 12.")] = None,
     seconds: Annotated[
         float | None, typer.Option(help="Training seconds of each run; default 60, or from --budget.")
+    ] = None,
+    tuning_seconds: Annotated[
+        float | None, typer.Option(help="Training seconds of each setting tried; default: those of a run.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("report"),
     data: Data = None,
@@ -77,14 +87,21 @@ def run(
 
     from kfac_triton.benchmarks.environment import find_device
     from kfac_triton.benchmarks.plan import Request
+    from kfac_triton.benchmarks.suites import find_suite
 
+    whole = None if suite is None else find_suite(suite)
+    named = tuple(name.strip() for name in (optimizers or "").split(",") if name.strip())
+    if whole is not None and seconds is None and budget is None:
+        seconds, tuning_seconds = whole.seconds, tuning_seconds or whole.tuning_seconds
     request = Request(
-        tasks=tuple(tasks or ["digits"]),
-        optimizers=tuple(name.strip() for name in optimizers.split(",") if name.strip()),
+        tasks=tuple(tasks or (whole.tasks if whole else ["digits"])),
+        optimizers=named or (whole.optimizers if whole else DEFAULT_OPTIMIZERS),
         seeds=seeds,
         trials=trials,
         seconds=seconds,
+        tuning_seconds=tuning_seconds,
         budget=budget,
+        suite=suite,
         device=str(find_device(device)),
         threads=torch.get_num_threads() if threads is None else threads,
         compile=compile,

@@ -14,6 +14,7 @@ from kfac_triton.tuning.errors import Mistake
 
 SCHEMA = 1
 TRIALS, SECONDS, SEEDS, EVALUATIONS = 12, 60.0, 3, 30
+TARGET, RACE = "target", "race"  # the stages whose runs are kept
 FEWEST_TRIALS, FEWEST_EVALUATIONS = 4, 8
 COMFORTABLE, SHORTEST = (
     1.0,
@@ -36,7 +37,9 @@ class Request:
     seeds: int = SEEDS
     trials: int | None = None
     seconds: float | None = None
+    tuning_seconds: float | None = None
     budget: float | None = None
+    suite: str | None = None
     device: str = "cpu"
     threads: int = 1
     compile: bool | None = None
@@ -52,6 +55,8 @@ class Plan:
     seeds: tuple[int, ...]
     trials: int
     seconds: float
+    tuning_seconds: float | None = None
+    suite: str | None = None
     budget: float | None = None
     evaluations: int = EVALUATIONS
     tuning_seed: int = 0
@@ -71,6 +76,19 @@ class Plan:
         return [name for name in self.optimizers if name not in BASELINES]
 
     @property
+    def seconds_a_trial(self) -> float:
+        return self.tuning_seconds or self.seconds
+
+    @property
+    def targets_first(self) -> bool:
+        """Whether the baselines run before anybody else trains: where a challenger is tuned, so might be to them."""
+        return not self.challengers or any(find_entrant(name).tuned for name in self.challengers)
+
+    @property
+    def reported_stage(self) -> str:
+        return RACE if self.challengers else TARGET
+
+    @property
     def searched(self) -> int:
         """Trials of a task, over all optimizers."""
         return self.trials * sum(find_entrant(name).tuned for name in self.optimizers)
@@ -78,7 +96,7 @@ class Plan:
     @property
     def measured(self) -> int:
         """Kept runs of a task: baselines run twice where somebody challenges them."""
-        again = len(self.baselines) if self.challengers else 0
+        again = len(self.baselines) if self.challengers and self.targets_first else 0
         return len(self.seeds) * (len(self.optimizers) + again)
 
 
@@ -105,6 +123,8 @@ def derive(request: Request, overheads: Sequence[Overhead] = ()) -> Plan:
         seeds=tuple(range(1, request.seeds + 1)),
         trials=request.trials or TRIALS,
         seconds=request.seconds or SECONDS,
+        tuning_seconds=request.tuning_seconds,
+        suite=request.suite,
         budget=request.budget,
         device=request.device,
         threads=request.threads,
@@ -120,7 +140,7 @@ def _share_out(plan: Plan, request: Request, overheads: Sequence[Overhead]) -> P
     """Settles seconds, then trials and evaluations, so that the whole command fits its budget."""
     budget = request.budget or 0.0
     if request.seconds is not None:
-        needed = len(plan.tasks) * (plan.searched + plan.measured) * plan.seconds
+        needed = len(plan.tasks) * (plan.searched * plan.seconds_a_trial + plan.measured * plan.seconds)
         if needed > budget:
             raise Mistake(
                 f"--budget {budget:g} is less than the {needed:g} s of {plan.trials} trials and {request.seeds} seeds "
@@ -170,7 +190,10 @@ def check(request: Request) -> None:
     for option, value in (("seeds", request.seeds), ("trials", request.trials), ("threads", request.threads)):
         if value is not None and value < 1:
             raise Mistake(f"--{option} {value}: at least 1")
-    for option, number in (("seconds", request.seconds), ("budget", request.budget)):
+    if request.tuning_seconds is not None and request.seconds is None:
+        raise Mistake(f"--tuning-seconds {request.tuning_seconds:g}: give --seconds too, those of a measured run")
+    seconds = (("seconds", request.seconds), ("tuning-seconds", request.tuning_seconds), ("budget", request.budget))
+    for option, number in seconds:
         if number is not None and not 0 < number < float("inf"):
             raise Mistake(f"--{option} {number:g}: a positive number of seconds")
 

@@ -36,8 +36,8 @@ class Progress:
         self.bars.start()
         plan = self.plan
         self._say(
-            f"{len(plan.tasks)} task(s), {len(plan.optimizers)} optimizer(s), {plan.trials} settings each, "
-            f"{len(plan.seeds)} seed(s), {plan.seconds:g} s a run, on {plan.device}"
+            f"{len(plan.tasks)} task(s), {len(plan.optimizers)} optimizer(s), {plan.trials} settings, "
+            f"{plan.seconds_a_trial:g} s a setting, {len(plan.seeds)} seed(s), {plan.seconds:g} s a run, on {plan.device}"
         )
         return self
 

@@ -3,7 +3,8 @@
 1. Each baseline is tuned. 2. The tuned baselines run on the report seeds, interleaved; the median of what each ends
 with becomes a target, written down before anybody else trains. 3. The challengers are tuned with the same number of
 settings and seconds. 4. All run on the report seeds, interleaved by seed, the baselines once more, so that everybody
-is timed in the same hour.
+is timed in the same hour. Where no challenger is tuned, none can be tuned to a target: steps 2 and 3 fall away, and the
+targets are what the baselines end with in step 4.
 
 Tuning has a seed of its own. Every finished run is a file of its own, so an interrupted race goes on where it stopped.
 """
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import torch
 
 from kfac_triton.benchmarks import environment
-from kfac_triton.benchmarks.plan import Overhead, Plan
+from kfac_triton.benchmarks.plan import RACE, TARGET, Overhead, Plan
 from kfac_triton.benchmarks.store import read_json, write_json
 from kfac_triton.benchmarks.worker import Job, measure, measure_apart
 from kfac_triton.tuning.baselines import find_entrant
@@ -31,7 +32,6 @@ from kfac_triton.tuning.study import Outcome, TrialRow, search
 from kfac_triton.tuning.task import Task
 from kfac_triton.tuning.trainer import Budget, Point, evaluate, held_out, warm_up
 
-TARGET, RACE = "target", "race"  # the stages whose runs are kept
 EVALUATION_SHARE = 1.3  # what a run takes on the wall, in seconds of its clock
 
 
@@ -83,11 +83,13 @@ class Race:
     def _race(self, spec: str) -> None:
         baselines, challengers = self.plan.baselines, self.plan.challengers
         settings = {name: self._tuned(spec, name) for name in baselines}
-        self._stage(spec, TARGET, settings)
-        self._set_targets(spec)
+        if self.plan.targets_first:
+            self._stage(spec, TARGET, settings)
+            self._set_targets(spec, TARGET)
         settings |= {name: self._tuned(spec, name) for name in challengers}
         if challengers:
             self._stage(spec, RACE, settings)
+            self._set_targets(spec, RACE)
 
     def _tuned(self, spec: str, optimizer: str) -> dict[str, Any]:
         """The setting of an optimizer: found by its search, or empty for one that runs untuned."""
@@ -116,11 +118,11 @@ class Race:
             self.tasks[spec],
             optimizer,
             trials=plan.trials,
-            budget=Budget(plan.seconds, device=self.device, compile=plan.compile),
+            budget=Budget(plan.seconds_a_trial, device=self.device, compile=plan.compile),
             journal=journal,
             seed=plan.tuning_seed,
             report=report,
-            go_on=lambda: self._time_for_a_run(),
+            go_on=lambda: self._time_for_a_run(plan.seconds_a_trial),
         )
         if outcome is None:
             raise OutOfTime
@@ -133,7 +135,7 @@ class Race:
             for name in names[i % max(len(names), 1) :] + names[: i % max(len(names), 1)]:
                 path = run_path(self.folder, spec, stage, name, seed)
                 if not path.is_file():
-                    if not self._time_for_a_run():
+                    if not self._time_for_a_run(self.plan.seconds):
                         raise OutOfTime
                     self._run(self._job(spec, stage, name, settings[name], seed), path)
 
@@ -165,8 +167,8 @@ class Race:
             data,
         )
 
-    def _set_targets(self, spec: str) -> None:
-        """Writes the targets once; they never change afterwards."""
+    def _set_targets(self, spec: str, stage: str) -> None:
+        """Writes the targets once, from the baselines' runs of a stage; they never change afterwards."""
         path = target_path(self.folder, spec)
         if not path.is_file():
             targets: dict[str, float] = {}
@@ -175,7 +177,7 @@ class Race:
                 targets["task"] = given
             for name in self.plan.baselines:
                 finals = [
-                    read_json(run_path(self.folder, spec, TARGET, name, seed))["final"] for seed in self.plan.seeds
+                    read_json(run_path(self.folder, spec, stage, name, seed))["final"] for seed in self.plan.seeds
                 ]
                 middle = median(math.inf if final is None else final for final in finals)
                 if math.isfinite(middle):
@@ -193,8 +195,8 @@ class Race:
         elif read_json(path).get("data") != data:
             raise Mistake(f"task {spec!r}: its data or file changed since {self.folder} was begun; pass --overwrite")
 
-    def _time_for_a_run(self) -> bool:
-        return time.monotonic() + EVALUATION_SHARE * self.plan.seconds <= self.deadline
+    def _time_for_a_run(self, seconds: float) -> bool:
+        return time.monotonic() + EVALUATION_SHARE * seconds <= self.deadline
 
 
 def measure_overhead(task: Task, device: torch.device) -> Overhead:
@@ -237,7 +239,7 @@ def run_path(folder: Path, spec: str, stage: str, optimizer: str, seed: int) -> 
 
 
 def _outcome_record(outcome: Outcome, plan: Plan) -> dict[str, Any]:
-    return {**asdict(outcome), "seconds": outcome.seconds, "seconds_a_trial": plan.seconds, "finished": _now()}
+    return {**asdict(outcome), "seconds": outcome.seconds, "seconds_a_trial": plan.seconds_a_trial, "finished": _now()}
 
 
 def _now() -> str:

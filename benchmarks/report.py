@@ -16,9 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kfac_triton.benchmarks import results as results_of
 from kfac_triton.benchmarks.race import slug
+from kfac_triton.benchmarks.suites import find_suite
 from kfac_triton.tuning.baselines import BASELINES
 
-COLOURS = {"sgd": "#0072b2", "adamw": "#d55e00", "kfac": "#009e73"}  # told apart by the colour-blind too
+# told apart by the colour-blind too
+COLOURS = {"sgd": "#0072b2", "nesterov": "#0072b2", "adamw": "#d55e00", "kfac": "#009e73", "kfac-paper": "#009e73"}
 OTHERS = ("#cc79a7", "#e69f00", "#56b4e9", "#999999")
 GRID = 200  # places on the axis where a median over the seeds is drawn
 AXES = (("seconds", "training seconds"), ("step", "steps"))
@@ -32,7 +34,9 @@ def make(folder: Path) -> dict[str, Any]:
     """
     results = results_of.collect(folder)
     results_of.write(folder, results)
-    pictures = {task["name"]: _pictures(folder, task) for task in results["tasks"]}
+    suite = results["plan"]["suite"]
+    groups = find_suite(suite).pictures if suite else {}
+    pictures = {task["name"]: _pictures(folder, task, groups) for task in results["tasks"]}
     (folder / "index.html").write_text(render(results, pictures), encoding="utf-8")
     return results
 
@@ -65,21 +69,23 @@ def between(three: dict[str, float]) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def _pictures(folder: Path, task: dict[str, Any]) -> list[str]:
-    """One picture for each axis and data set, as data: addresses; none before the first run."""
-    if not any(one["runs"] for one in task["optimizers"]):
-        return []
+def _pictures(folder: Path, task: dict[str, Any], groups: dict[str, tuple[str, ...]]) -> list[str]:
+    """One picture for each axis (and group of optimizers), as data: addresses; none before the first run."""
+    everybody = {"": tuple(one["name"] for one in task["optimizers"])}
     inlined = []
-    for axis, label in AXES:
-        png = _draw(task, axis, label)
-        path = folder / "pictures" / f"{slug(task['name'])}-{axis}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(png)
-        inlined.append("data:image/png;base64," + base64.b64encode(png).decode("ascii"))
+    for group, names in (groups or everybody).items():
+        shown = {**task, "optimizers": [one for one in task["optimizers"] if one["name"] in names and one["runs"]]}
+        for axis, label in AXES if shown["optimizers"] else ():
+            png = _draw(shown, axis, label, group)
+            name = "-".join(part for part in (slug(task["name"]), slug(group), axis) if part)
+            path = folder / "pictures" / f"{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(png)
+            inlined.append("data:image/png;base64," + base64.b64encode(png).decode("ascii"))
     return inlined
 
 
-def _draw(task: dict[str, Any], axis: str, label: str) -> bytes:
+def _draw(task: dict[str, Any], axis: str, label: str, group: str) -> bytes:
     """Training and held-out metric of every optimizer: the median over the seeds, smallest to largest as a band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -93,15 +99,17 @@ def _draw(task: dict[str, Any], axis: str, label: str) -> bytes:
     for i, (side, title) in enumerate(sides):
         plot = figure.add_subplot(1, len(sides), i + 1)
         for k, one in enumerate(task["optimizers"]):
-            if one["runs"]:
-                _draw_optimizer(plot, one, axis, side, COLOURS.get(one["name"], OTHERS[k % len(OTHERS)]))
-        if side == "train":
-            for target, value in task["targets"].items():
+            _draw_optimizer(plot, one, axis, side, COLOURS.get(one["name"], OTHERS[k % len(OTHERS)]))
+        names = {one["name"] for one in task["optimizers"]}
+        for target, value in task["targets"].items() if side == "train" else ():
+            if target in names or target == "task":
                 plot.axhline(value, color=COLOURS.get(target, "black"), linestyle=":", linewidth=1)
         plot.set(xlabel=label, yscale="log")
         plot.set_title(title, fontsize=9)
         plot.grid(alpha=0.3, which="both")
     figure.axes[0].legend(fontsize=9)
+    if group:
+        figure.suptitle(f"{task['name']}: {group}", fontsize=10)
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=110)
     return written.getvalue()
@@ -130,6 +138,6 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     """The verdicts and warnings of all tasks, for a terminal."""
     lines = []
     for task in results["tasks"]:
-        lines += [f"{task['name']}: {line}" for line in task["verdicts"]]
+        lines += [f"{task['name']}: {line}" for line in task["verdicts"] + task["findings"]]
         lines += [f"{task['name']}: note: {line}" for line in task["warnings"]]
     return lines

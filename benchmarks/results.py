@@ -10,15 +10,16 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from kfac_triton.benchmarks.plan import Plan, load_plan
-from kfac_triton.benchmarks.race import RACE, TARGET, run_path, target_path, tuning_path
+from kfac_triton.benchmarks.race import run_path, target_path, tuning_path
 from kfac_triton.benchmarks.store import read_json, write_json, write_text
+from kfac_triton.benchmarks.suites import find_suite, findings, first_below
 from kfac_triton.benchmarks.verdicts import verdicts
 from kfac_triton.tuning.errors import Mistake
 
@@ -60,6 +61,7 @@ def collect(folder: Path) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "plan": asdict(plan),
+        "targets_first": plan.targets_first,
         "complete": not missing,
         "missing": missing,
         "environment": environments[0] if environments else {},
@@ -79,14 +81,6 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     write_text(folder / "results.csv", table.getvalue())
 
 
-def first_below(points: Sequence[dict[str, Any]], target: float) -> tuple[float, float]:
-    """Seconds and steps at the first evaluation at or below `target`; inf, inf where there is none."""
-    for point in points:
-        if point["train"] is not None and point["train"] <= target:
-            return point["seconds"], point["step"]
-    return math.inf, math.inf
-
-
 def spread(values: Iterable[float | None]) -> dict[str, float]:
     """Median, smallest, largest; None counts as infinite."""
     known = sorted(math.inf if value is None else value for value in values)
@@ -96,7 +90,7 @@ def spread(values: Iterable[float | None]) -> dict[str, float]:
 def _task(folder: Path, plan: Plan, spec: str) -> dict[str, Any]:
     path = target_path(folder, spec)
     targets = read_json(path).get("targets", {}) if path.is_file() else {}
-    stage = RACE if plan.challengers else TARGET
+    stage = plan.reported_stage
     optimizers, missing = [], []
     for name in plan.optimizers:
         runs = []
@@ -117,7 +111,8 @@ def _task(folder: Path, plan: Plan, spec: str) -> dict[str, Any]:
         "optimizers": optimizers,
         "missing": missing,
     }
-    return {**task, **verdicts(task, len(plan.seeds))}
+    found = findings(find_suite(plan.suite), task) if plan.suite else []
+    return {**task, **verdicts(task, len(plan.seeds)), "findings": found}
 
 
 def _optimizer(

@@ -73,7 +73,7 @@ def test_a_finished_folder_is_begun_anew_when_asked(spec: str, capfd: pytest.Cap
     ("arguments", "said"),
     [
         (["run", "no-such-task"], "unknown task 'no-such-task': built in are digits"),
-        (["run", "--optimizers", "sgd,lion"], "unknown optimizer 'lion': one of sgd, adamw, kfac"),
+        (["run", "--optimizers", "sgd,lion"], "unknown optimizer 'lion': one of sgd, nesterov, adamw, kfac"),
         (["run", "broken.py:factory"], "broken.py does not import: SyntaxError"),
         (["run", "missing.py:factory"], "there is no file missing.py"),
         (["run", "mnist", "--data", "empty"], "--data empty: no MNIST there; it needs train-images-idx3-ubyte"),
@@ -128,7 +128,13 @@ def test_a_fault_of_ours_ends_with_one(spec: str, monkeypatch: pytest.MonkeyPatc
 def test_the_built_in_tasks_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tasks"]) == 0
     listed = capfd.readouterr().out
-    assert [line.split()[0] for line in listed.splitlines()] == ["digits", "digits-autoencoder", "curves", "mnist"]
+    assert [line.split()[0] for line in listed.splitlines()] == [
+        "digits",
+        "digits-autoencoder",
+        "curves",
+        "mnist",
+        "faces",
+    ]
     assert "784-400-200-100-50-25-6" in listed and "784-1000-500-250-30" in listed
 
 

@@ -23,11 +23,13 @@ Build = Callable[[nn.Module, Task, Hyper, bool], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Entrant:
-    """An optimizer of a race. `build(model, task, hyper, compile)`; `tuned`: it takes part in the search."""
+    """An optimizer of a race. `build(model, task, hyper, compile)`; `tuned`: it takes part in the search; `growing`: on
+    batches that grow."""
 
     name: str
     build: Build
     tuned: bool = True
+    growing: bool = False
 
 
 def build_sgd(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
@@ -40,6 +42,25 @@ def build_sgd(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torc
         nesterov=momentum > 0,
         weight_decay=hyper.get("weight_decay", 0.0),
     )
+
+
+class SutskeverMomentum(torch.optim.SGD):
+    """SGD with Nesterov's momentum on the schedule of Sutskever et al. (2013, equation 5):
+    mu_t = min(1 - 2^(-1 - log2(floor(t / 250) + 1)), mu_max) at update t = 0, 1, ..."""
+
+    def __init__(self, params: Any, lr: float, mu_max: float) -> None:
+        super().__init__(params, lr=lr, momentum=mu_max, nesterov=mu_max > 0)
+        self.mu_max, self.updates = mu_max, 0
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["momentum"] = min(1 - 0.5 / (self.updates // 250 + 1), self.mu_max)
+        self.updates += 1
+        return super().step(closure)
+
+
+def build_nesterov(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
+    return SutskeverMomentum(model.parameters(), hyper["lr"], hyper["mu_max"])
 
 
 def build_adamw(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
@@ -85,18 +106,20 @@ ENTRANTS = {
     entrant.name: entrant
     for entrant in (
         Entrant("sgd", build_sgd),
+        Entrant("nesterov", build_nesterov),
         Entrant("adamw", build_adamw),
         Entrant("kfac", build_kfac),
         Entrant("sgd-default", build_default_sgd, tuned=False),
         Entrant("adamw-default", build_default_adamw, tuned=False),
         Entrant("kfac-default", build_kfac, tuned=False),
         Entrant("kfac-paper", paper_kfac(), tuned=False),
+        Entrant("kfac-growing", paper_kfac(), tuned=False, growing=True),
         Entrant("kfac-tridiagonal", paper_kfac(approximation="tridiagonal"), tuned=False),
         Entrant("kfac-paper-no-momentum", paper_kfac(momentum=0.0), tuned=False),
         Entrant("kfac-tridiagonal-no-momentum", paper_kfac(approximation="tridiagonal", momentum=0.0), tuned=False),
     )
 }
-BASELINES = ("sgd", "adamw")  # whose tuned results set the targets
+BASELINES = ("sgd", "nesterov", "adamw")  # whose tuned results set the targets
 
 
 def find_entrant(name: str) -> Entrant:

@@ -1,7 +1,7 @@
 """The data sets of the built-in tasks, each with its provenance: name, source, sha256 of the bytes, size.
 
 Files are looked for in an explicit folder (only there, when one is given), in `$KFAC_DATA`, in the usual folders, and
-then downloaded where there is a network. Pixels come as rows of float32 in [0, 1].
+then downloaded where there is a network. Pixels come as rows of float32, in [0, 1] but for those of FACES.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kfac_triton.tuning import curves as curves_recipe
+from kfac_triton.tuning import faces as faces_recipe
 from kfac_triton.tuning.errors import Mistake
 
 # torchvision's names and md5 sums
@@ -30,7 +31,10 @@ MNIST_FILES = {
     "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
 }
+MNIST_GZIPPED = {f"{name}.gz": md5 for name, md5 in MNIST_FILES.items()}
 MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
+OLIVETTI_FILE, OLIVETTI_MD5 = "olivettifaces.mat", "7be4afc20ba95152afb4c6b4b5d45c5b"
+OLIVETTI_MIRRORS = ("https://cs.nyu.edu/~roweis/data/",)
 DOWNLOAD_SECONDS = 20
 
 
@@ -51,6 +55,32 @@ def load_curves(train: int = 20_000, test: int = 10_000) -> Dataset:
     pixels = curves_recipe.generate(train + test)
     none = np.zeros(0, np.uint8)
     return _dataset("curves", f"generated, seed {curves_recipe.SEED}", pixels[:train], pixels[train:], none, none)
+
+
+def load_faces(folder: str | os.PathLike[str] | None = None, train: int = 20_000, test: int = 5_000) -> Dataset:
+    """FACES, drawn from the 400 Olivetti photographs in olivettifaces.mat (AT&T Laboratories Cambridge).
+
+    Raises:
+        Mistake: the file is not in `folder`; or, without one, it is nowhere and cannot be downloaded; or it is damaged.
+    """
+    return _draw_faces(find_olivetti(folder), train, test)
+
+
+def find_olivetti(folder: str | os.PathLike[str] | None = None) -> Path:
+    """The file with the photographs, after a download if need be."""
+    if folder is not None:
+        found = _olivetti_in(Path(folder))
+        if found is None:
+            raise Mistake(f"--data {folder}: no {OLIVETTI_FILE} there, in the folder itself or in olivetti/")
+        return found
+    places = usual_folders()
+    for place in places:
+        found = _olivetti_in(place)
+        if found is not None:
+            return found
+    target = cache_folder() / "olivetti"
+    _download("faces", f"file {OLIVETTI_FILE} is", {OLIVETTI_FILE: OLIVETTI_MD5}, OLIVETTI_MIRRORS, target, places)
+    return target / OLIVETTI_FILE
 
 
 @lru_cache(maxsize=1)
@@ -91,7 +121,9 @@ def find_mnist(folder: str | os.PathLike[str] | None = None) -> Path:
         found = _mnist_in(place)
         if found is not None:
             return found
-    return _download_mnist(cache_folder() / "mnist", places)
+    folder = cache_folder() / "mnist"
+    _download("mnist", "four IDX files are", MNIST_GZIPPED, MNIST_MIRRORS, folder, places)
+    return folder
 
 
 def usual_folders() -> list[Path]:
@@ -123,23 +155,25 @@ def _wanted() -> str:
     return ", ".join(f"{name}[.gz]" for name in MNIST_FILES)
 
 
-def _download_mnist(folder: Path, searched: list[Path]) -> Path:
+def _download(
+    task: str, what: str, files: dict[str, str], mirrors: tuple[str, ...], folder: Path, searched: list[Path]
+) -> None:
+    """Downloads the files {name: md5} of a task into `folder`."""
     try:
-        for name, md5 in MNIST_FILES.items():
-            _fetch(f"{name}.gz", md5, folder)
+        for name, md5 in files.items():
+            _fetch(name, md5, mirrors, folder)
     except OSError as error:
         places = ", ".join(str(place) for place in searched)
         raise Mistake(
-            f"task 'mnist': its four IDX files are in none of {places}, and the download failed ({error}); "
+            f"task {task!r}: its {what} in none of {places}, and the download failed ({error}); "
             "pass --data DIR or set KFAC_DATA, or run the task 'curves', which needs no files"
         ) from error
-    return folder
 
 
-def _fetch(name: str, md5: str, folder: Path) -> None:
+def _fetch(name: str, md5: str, mirrors: tuple[str, ...], folder: Path) -> None:
     """Downloads one file from the first mirror whose bytes have the right md5; OSError when there is none."""
     failure: OSError = OSError("no mirror")
-    for mirror in MNIST_MIRRORS:
+    for mirror in mirrors:
         try:
             with urllib.request.urlopen(mirror + name, timeout=DOWNLOAD_SECONDS) as answer:
                 content = answer.read()
@@ -154,6 +188,35 @@ def _fetch(name: str, md5: str, folder: Path) -> None:
             return
         failure = OSError(f"{mirror}{name} has the wrong checksum")
     raise failure
+
+
+def _olivetti_in(folder: Path) -> Path | None:
+    return next(
+        (path for path in (folder / "olivetti" / OLIVETTI_FILE, folder / OLIVETTI_FILE) if path.is_file()), None
+    )
+
+
+@lru_cache(maxsize=1)
+def _draw_faces(path: Path, train: int, test: int) -> Dataset:
+    from scipy.io import loadmat
+
+    shape = (faces_recipe.SIDE**2, faces_recipe.PHOTOGRAPHS)
+    try:
+        columns = loadmat(path)["faces"]
+    except Exception as error:
+        raise Mistake(f"{path} cannot be read ({error}); fetch it again") from error
+    if columns.shape != shape or columns.dtype != np.uint8:
+        raise Mistake(f"{path} holds {columns.dtype} of shape {columns.shape}, not bytes of shape {shape}")
+    photographs = torch.from_numpy(columns.T.astype(np.float32)).view(-1, faces_recipe.SIDE, faces_recipe.SIDE).mT
+    pixels = faces_recipe.generate(photographs, train, test)
+    provenance = {
+        "name": "faces",
+        "source": f"Olivetti photographs, drawn with seed {faces_recipe.SEED}; the digest is the photographs'",
+        "digest": hashlib.sha256(columns.tobytes()).hexdigest(),
+        "size": f"{train} + {test}",
+    }
+    none = torch.zeros(0, dtype=torch.int64)
+    return Dataset(*pixels, none, none, provenance)
 
 
 @lru_cache(maxsize=1)

@@ -127,6 +127,10 @@ SPACES = {
         {"lr": Range(1e-4, 1.0), "momentum": MOMENTUM, "weight_decay": Choice((0.0, 1e-5)), **SCHEDULE},
         {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.0, **SCHEDULE_FIRST},
     ),
+    "nesterov": Space(
+        {"lr": Range(1e-4, 1.0), "mu_max": Choice((0.999, 0.995, 0.99, 0.9, 0.0)), **SCHEDULE},
+        {"lr": 3e-3, "mu_max": 0.99, **SCHEDULE_FIRST},
+    ),
     "adamw": Space(
         {
             "lr": Range(1e-4, 1e-1),

@@ -7,6 +7,7 @@ them that is spent.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from kfac_triton.batching import GrowingBatches
 from kfac_triton.tuning.baselines import Entrant, Hyper, apply_schedule, in_force, initial_values
 from kfac_triton.tuning.task import Task
 
@@ -24,6 +27,7 @@ EVALUATION_SEED = 2**31 - 1  # of the batches that judge a task without `evaluat
 EVALUATION_BATCHES = 8
 WARM_STEPS = 3
 GPU_STRIDE = 10  # steps between two synchronisations
+GROWN, GROWN_AT = 40, 500  # a growing batch is so many of the task's from that step on (the paper: 500)
 EXPLODED = 1e3  # a metric this many times its first value counts as diverged
 
 
@@ -105,7 +109,8 @@ def train(task: Task, entrant: Entrant, hyper: Hyper, seed: int, budget: Budget)
     optimizer = entrant.build(model, task, hyper, budget.compile)
     run.in_force = in_force(optimizer)
     try:
-        _loop(task, model, optimizer, hyper, seed, budget, run)
+        batches = endless(task, seed)
+        _loop(task, model, optimizer, hyper, grown(batches) if entrant.growing else batches, budget, run)
     finally:
         _close(optimizer)
     return run
@@ -167,6 +172,14 @@ def endless(task: Task, seed: int) -> Iterator[tuple[Any, Any]]:
         epoch += 1
 
 
+def grown(batches: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    """Batches of more and more of the task's, first one, as those of `GrowingBatches`."""
+    schedule = GrowingBatches(GROWN, steps=1, first=1, full_at=GROWN_AT)
+    for k in itertools.count(1):
+        parts = [next(batches) for _ in range(schedule.batch_size(k))]
+        yield tree_map(lambda *leaves: torch.cat(leaves), *parts)
+
+
 def evaluate(task: Task, model: nn.Module, device: torch.device) -> float:
     """The task's metric, or the mean loss of fixed batches, in evaluation mode and without gradients."""
     return _quietly(model, lambda: task.evaluate(model) if task.evaluate else _mean_loss(task, model, device))
@@ -183,11 +196,11 @@ def _loop(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     hyper: Hyper,
-    seed: int,
+    batches: Iterator[tuple[Any, Any]],
     budget: Budget,
     run: Run,
 ) -> None:
-    initial, batches, clock = initial_values(optimizer), endless(task, seed), Clock(budget.device)
+    initial, clock = initial_values(optimizer), Clock(budget.device)
     stride = 1 if budget.device.type == "cpu" else GPU_STRIDE
     times: list[float] = []
     _judge(task, model, budget, run, clock)

@@ -1,0 +1,158 @@
+"""Experiments that belong together: what they run, which of their curves share a picture, and what their paper says.
+
+"paper": the autoencoders of Martens & Grosse (2015, section 13) with K-FAC block-diagonal and tridiagonal, with and
+without momentum, on batches that stay and that grow, against SGD with Nesterov's momentum as tuned by Sutskever et al.
+(2013), and AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from kfac_triton.tuning.errors import Mistake
+
+Ratio = float  # of what one optimizer needs to what another needs, inf where it never gets there
+Points = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says of `one` against `other`, and whether (steps ratio, seconds ratio, step-cost ratio) agree."""
+
+    one: str
+    other: str
+    text: str
+    agrees: Callable[[Ratio, Ratio, Ratio], bool]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks, optimizers, seconds of a measured and of a tuning run; `pictures`: title -> whose curves it shows."""
+
+    tasks: tuple[str, ...]
+    optimizers: tuple[str, ...]
+    seconds: float
+    tuning_seconds: float
+    pictures: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+
+
+SUITES = {
+    "paper": Suite(
+        tasks=("mnist", "curves", "faces"),
+        optimizers=(
+            "nesterov",
+            "adamw",
+            "kfac-paper",
+            "kfac-paper-no-momentum",
+            "kfac-tridiagonal",
+            "kfac-tridiagonal-no-momentum",
+            "kfac-growing",
+        ),
+        seconds=120.0,
+        tuning_seconds=40.0,
+        pictures={
+            "against first-order methods": ("nesterov", "adamw", "kfac-paper"),
+            "approximation and momentum": (
+                "kfac-paper",
+                "kfac-paper-no-momentum",
+                "kfac-tridiagonal",
+                "kfac-tridiagonal-no-momentum",
+            ),
+            "batches": ("kfac-paper", "kfac-growing"),
+        },
+        claims=(
+            Claim(
+                "kfac-paper",
+                "nesterov",
+                "K-FAC needs far fewer updates and less time than SGD with momentum (a 14.7th of the updates and a 3.8th "
+                "of the seconds on such an autoencoder, says the documentation of the authors' TensorFlow package)",
+                lambda steps, seconds, cost: steps < 1 / 14.7 and seconds < 1 / 3.8,
+            ),
+            Claim(
+                "kfac-tridiagonal",
+                "kfac-paper",
+                "the block-tridiagonal inverse needs fewer updates than the block-diagonal one, dearer ones",
+                lambda steps, seconds, cost: steps < 1 < cost,
+            ),
+            Claim(
+                "kfac-paper",
+                "kfac-paper-no-momentum",
+                "momentum saves updates",
+                lambda steps, seconds, cost: steps < 1,
+            ),
+            Claim(
+                "kfac-tridiagonal",
+                "kfac-tridiagonal-no-momentum",
+                "momentum saves updates with the tridiagonal inverse too",
+                lambda steps, seconds, cost: steps < 1,
+            ),
+            Claim(
+                "kfac-growing",
+                "kfac-paper",
+                "batches that grow make more of every update than small ones that stay",
+                lambda steps, seconds, cost: steps < 1,
+            ),
+        ),
+    )
+}
+
+
+def find_suite(name: str) -> Suite:
+    """Raises: Mistake: no suite of that name."""
+    if name not in SUITES:
+        raise Mistake(f"unknown suite {name!r}: one of {', '.join(SUITES)}")
+    return SUITES[name]
+
+
+def findings(suite: Suite, task: Mapping[str, Any]) -> list[str]:
+    """A sentence for every claim of the suite of which both sides ran: the numbers here, and whether they agree."""
+    entrants = {one["name"]: one for one in task["optimizers"] if one["runs"]}
+    return [
+        _finding(claim, entrants[claim.one], entrants[claim.other])
+        for claim in suite.claims
+        if claim.one in entrants and claim.other in entrants
+    ]
+
+
+def _finding(claim: Claim, one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Compared at the worse of what the two end with in the median, which the better one reaches on its way."""
+    ends = [side["summary"]["final_train"]["median"] for side in (one, other)]
+    if not all(map(math.isfinite, ends)):
+        return f"{claim.text}: {claim.one} or {claim.other} diverged, so nothing is compared."
+    at = max(ends)
+    needs = [_needs(side["runs"], at) for side in (one, other)]
+    seconds, steps = (_ratio(needs[0][i], needs[1][i]) for i in (0, 1))
+    cost = one["summary"]["ms_per_step"]["median"] / other["summary"]["ms_per_step"]["median"]
+    verdict = "As" if claim.agrees(steps, seconds, cost) else "Not as"
+    return (
+        f"{verdict} in the paper ({claim.text}): to an error of {at:.4g}, {claim.one} needs {_said(steps)} the updates "
+        f"and {_said(seconds)} the seconds of {claim.other}, at {cost:.2f} times the seconds an update; "
+        f"they end at {ends[0]:.4g} and {ends[1]:.4g}."
+    )
+
+
+def _needs(runs: Sequence[Mapping[str, Any]], error: float) -> tuple[float, float]:
+    """Median seconds and steps to `error`; a run that never gets there needs infinitely many."""
+    reached = [first_below(run["points"], error) for run in runs]
+    return median(seconds for seconds, _ in reached), median(steps for _, steps in reached)
+
+
+def first_below(points: Points, error: float) -> tuple[float, float]:
+    """Seconds and steps at the first evaluation at or below `error`; inf, inf where there is none."""
+    for point in points:
+        if point["train"] is not None and point["train"] <= error:
+            return point["seconds"], point["step"]
+    return math.inf, math.inf
+
+
+def _ratio(one: float, other: float) -> Ratio:
+    return one / other if math.isfinite(one) and 0 < other < math.inf else math.inf
+
+
+def _said(ratio: Ratio) -> str:
+    return f"{ratio:.2f} times" if math.isfinite(ratio) else "more than measured of"
