@@ -37,7 +37,7 @@ class Progress:
         plan = self.plan
         self._say(
             f"{len(plan.tasks)} task(s), {len(plan.optimizers)} optimizer(s), {plan.trials} settings, "
-            f"{plan.seconds_a_trial:g} s a setting, {len(plan.seeds)} seed(s), {plan.seconds:g} s a run, on {plan.device}"
+            f"{plan.seconds_a_trial:g} s each, {len(plan.seeds)} seed(s), {plan.seconds:g} s a run, on {plan.device}"
         )
         return self
 

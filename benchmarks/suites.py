@@ -69,8 +69,8 @@ SUITES = {
             Claim(
                 "kfac-paper",
                 "nesterov",
-                "K-FAC needs far fewer updates and less time than SGD with momentum (a 14.7th of the updates and a 3.8th "
-                "of the seconds on such an autoencoder, says the documentation of the authors' TensorFlow package)",
+                "K-FAC needs far fewer updates and less time than SGD with momentum (a 14.7th of the updates and a "
+                "3.8th of the seconds on such an autoencoder, says the documentation of their TensorFlow package)",
                 lambda steps, seconds, cost: steps < 1 / 14.7 and seconds < 1 / 3.8,
             ),
             Claim(

@@ -188,10 +188,11 @@ class AdaptiveStep:
         assert objective is not None
 
         def start_from(damping: float) -> None:
-            for group in optimizer.param_groups:
-                group["damping"] = damping
-                group["gamma"] = math.sqrt(damping + group["weight_decay"] / self._loss_scale)
-            _refresh(optimizer, curvature, all_of_them=True)
+            if damping != optimizer.param_groups[0]["damping"]:
+                for group in optimizer.param_groups:
+                    group["damping"] = damping
+                    group["gamma"] = math.sqrt(damping + group["weight_decay"] / self._loss_scale)
+                _refresh(optimizer, curvature, all_of_them=True)
 
         def reduction_at(damping: float) -> tuple[float, float]:
             start_from(damping)

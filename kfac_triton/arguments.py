@@ -83,7 +83,7 @@ def checked_model(model: object) -> nn.Module:
 
 DEFAULT_KL_CLIP = 1e-3
 DEFAULT_FALLBACK_LR = 1e-3  # of AdamW, where lr is a multiplier of the adaptive step length
-PAPER_DAMPING = 150.0
+CALIBRATED_FROM = 0.6  # where the search for a first damping begins; the paper's start is 150
 
 
 def adaptive_groups(
@@ -101,7 +101,7 @@ def adaptive_groups(
     """
     group: dict[str, Any] = {}
     for name, value, start in (
-        ("lr", lr, 1.0), ("momentum", momentum, 1.0), ("damping", damping, initial_damping or PAPER_DAMPING)
+        ("lr", lr, 1.0), ("momentum", momentum, 1.0), ("damping", damping, initial_damping or CALIBRATED_FROM)
     ):  # fmt: skip
         if isinstance(value, str) and value != "adaptive":
             raise ValueError(f'{name} must be a number or "adaptive"; got {value!r}')

@@ -70,8 +70,9 @@ class Adaptation:
         """Where the first step should start: `reduction_at(damping)` tries one, (reduction, rho), and takes it back.
 
         Down by COARSE for as long as the objective falls further by WORTH each time and the model keeps half of what it
-        promises, then FINE up or down from there; up by COARSE while rho < 1/4. The start is AFTERWARDS of what suits
-        the first step best: fresh weights are no place to judge by, and damping that is too high falls slowly.
+        promises; up by COARSE while rho < 1/4, or while that loses no more than WORTH; FINE down or up from there. The
+        start is AFTERWARDS of what suits the first step best: fresh weights are no place to judge by, and damping that
+        is too high falls slowly.
         """
         best, (reduction, rho) = damping, reduction_at(damping)
         for _ in range(CALIBRATION_TRIALS):
@@ -82,19 +83,25 @@ class Adaptation:
         else:
             return min(best, self.most)
 
-        def tried(damping: float, worth: float) -> bool:
+        def better(candidate: float, worth: float) -> bool:
             nonlocal best, reduction
-            found, rho = reduction_at(damping)
-            better = rho >= 0.5 and found < worth * reduction
-            if better:
-                best, reduction = damping, found
-            return better
+            found, rho = reduction_at(candidate)
+            taken = rho >= 0.5 and found < worth * reduction
+            if taken:
+                best, reduction = candidate, found
+            return taken
 
-        for _ in range(CALIBRATION_TRIALS):
-            if not tried(best / COARSE, WORTH):
-                break
-        if not tried(best / FINE, WORTH):
-            tried(best * FINE, 1 / WORTH)
+        def walked(ratio: float, worth: float) -> bool:
+            """Whether it went at least a step."""
+            steps = 0
+            while steps < CALIBRATION_TRIALS and better(best * ratio, worth):
+                steps += 1
+            return steps > 0
+
+        if not walked(1 / COARSE, WORTH) and best == damping:
+            walked(COARSE, 1 / WORTH)
+        if not better(best / FINE, WORTH):
+            better(best * FINE, 1 / WORTH)
         return min(max(best * AFTERWARDS, self.least), self.most)
 
     def gammas(self, gamma: float, weight_decay: float) -> tuple[float, float, float]:

@@ -49,7 +49,7 @@ class KFAC(torch.optim.Optimizer):
             factors, searched for every 20 steps (sections 6.5 and 6.6); beyond the paper, the ratio on the next batch
             has a veto, without which small batches diverge. `step` then needs a closure.
         initial_damping: where an adaptive damping starts (the paper: 150). None: the first step is tried and taken back
-            at smaller and smaller dampings, from 150 down; the start is a sixteenth of what gained most.
+            at smaller or larger dampings; the start is a sixteenth of what gained most.
         weight_decay: l2 coefficient; it enters the gradient before preconditioning.
         likelihood: of the model's outputs: "categorical", "bernoulli", "gaussian" or a `Likelihood`. Not needed for
             fisher="empirical".

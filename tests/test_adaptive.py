@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, ops
+from kfac_triton.arguments import CALIBRATED_FROM
 from kfac_triton.curvature import Curvature
 
 F64 = torch.float64
@@ -283,12 +284,12 @@ def first_reduction(damping: float) -> float:
 
 
 def test_the_first_step_finds_its_damping():
-    """From 150 down by powers of four, and better than there; later steps know nothing of the trials."""
+    """A power of four from where the search begins; better than the paper's; later steps know nothing of the trials."""
     model = network(dropout=0.0)
     optimizer = adaptive(model, initial_damping=None)
     torch.manual_seed(100)
     (told,) = train(model, optimizer, range(1))
-    steps = math.log(150 / told["damping"], 4)
+    steps = math.log(CALIBRATED_FROM / told["damping"], 4)
     assert steps == pytest.approx(round(steps))
     assert steps >= 1
     assert told["damping"] == optimizer.param_groups[0]["damping"]

@@ -96,13 +96,27 @@ def tried(table):
     [
         # sixteenths while it gains, then a quarter of the best
         ({64: (1, 1.9), 4: (2, 1.8), 0.25: (1.5, 1.2), 1: (3, 1.2)}, 1),
+        ({64: (1, 1.9), 4: (2, 1.8), 0.25: (2.5, 1.2), 1 / 64: (1, 1.2), 1 / 16: (2.6, 0.5)}, 1 / 16),
         # else four times the best, if that loses nothing worth having
         ({64: (1, 1.9), 4: (2, 1.8), 0.25: (1.5, 1.2), 1: (2.03, 1.2), 16: (1.97, 1.5)}, 16),
         ({64: (1, 1.9), 4: (2, 1.8), 0.25: (1.5, 1.2), 1: (2.03, 1.2), 16: (1.95, 1.5)}, 4),
-        # the gain is below a fiftieth: not worth less damping
-        ({64: (1, 1.9), 4: (1.01, 1.8), 16: (1.01, 1.8), 256: (0.5, 1.9)}, 64),
+        # the gain is below a fiftieth: not worth less damping; sixteen times as much costs more than that
+        ({64: (1, 1.9), 4: (1.01, 1.8), 1024: (0.9, 1.9), 16: (1.01, 1.8), 256: (0.5, 1.9)}, 64),
         # a step that rises, or of which the model promises twice as much
-        ({64: (1, 1.9), 4: (-5, -INF), 16: (2, 0.49), 256: (0.5, 1.9)}, 64),
+        ({64: (1, 1.9), 4: (-5, -INF), 1024: (0.9, 1.9), 16: (2, 0.49), 256: (0.5, 1.9)}, 64),
+        # up where less damping is worse and more costs nothing
+        (
+            {
+                64: (1, 0.8),
+                4: (0.5, 0.7),
+                1024: (1.3, 0.9),
+                16384: (1.29, 0.9),
+                262144: (1, 1),
+                4096: (1, 0.9),
+                65536: (1.1, 0.9),
+            },
+            16384,
+        ),
         # up where the model is wrong
         ({64: (-1, -INF), 1024: (-1, -INF), 16384: (1, 0.3), 4096: (0.5, 0.1), 65536: (0.9, 1.0)}, 16384),
         ({64: (-1, -INF), 1024: (1, 0.3), 256: (2, 0.6)}, 256),
