@@ -153,10 +153,10 @@ def report(folder: Annotated[Path, typer.Argument(help="The --out folder of a ru
 @app.command()
 def tasks() -> None:
     """List the built-in tasks."""
-    from kfac_triton.tuning.problems import BUILT_IN
+    from kfac_triton.tuning.problems import BUILT_IN, about
 
-    for name, factory in BUILT_IN.items():
-        typer.echo(f"{name:20}{(factory.__doc__ or '').strip().splitlines()[0]}")
+    for name in BUILT_IN:
+        typer.echo(f"{name:20}{about(name)}")
 
 
 @app.command()
@@ -188,6 +188,43 @@ def step(
     names = tuple(name.strip() for name in optimizers.split(","))
     options = StepOptions(names, factor_interval, inverse_interval, factor_fraction, batch, chunks, chunk, compile)
     print_costs(task, options, compare_steps(find_task(task, data, found), options, found))
+
+
+@app.command()
+def rival(
+    task: Annotated[str, typer.Argument(help="One of the autoencoders.")] = "mnist",
+    python: Annotated[str, typer.Option(help="A Python with jax 0.8.3 and kfac-jax 0.0.8.")] = sys.executable,
+    seconds: Annotated[float, typer.Option(help="Training seconds of each run.")] = 120.0,
+    seeds: Annotated[int, typer.Option(help="Report seeds.")] = 1,
+    grid: Annotated[
+        str, typer.Option(help="Initial dampings of kfac-jax, the best of which it runs with.")
+    ] = "1e-4,1e-3,1e-2,0.1,1,10,150",
+    grid_seconds: Annotated[float, typer.Option(help="Training seconds for each of them.")] = 20.0,
+    best_known: Annotated[
+        float | None, typer.Option(help="Error from which distances count; default: the lowest of these runs.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of rival.json.")] = Path("rival"),
+    data: Data = None,
+    threads: Threads = None,
+) -> None:
+    """Run KFAC.paper and kfac-jax's adaptive optimizer in turn, on the same weights and batches."""
+    import torch
+    from rich.console import Console
+
+    from kfac_triton.benchmarks.rival import Options, compare, print_comparison
+    from kfac_triton.tuning.errors import Mistake
+
+    try:
+        dampings = tuple(float(damping) for damping in grid.split(","))
+    except ValueError as error:
+        raise Mistake(f"--grid {grid}: numbers with commas between them") from error
+    for option, number in (("seconds", seconds), ("grid-seconds", grid_seconds), ("seeds", seeds)):
+        if not 0 < number < math.inf:
+            raise Mistake(f"--{option} {number:g}: a positive number")
+    torch.set_num_threads(threads or torch.get_num_threads())
+    options = Options(task, python, seconds, tuple(range(1, seeds + 1)), dampings, grid_seconds)
+    console = Console(highlight=False)
+    print_comparison(compare(options, data, out, Console(stderr=True, highlight=False)), best_known, console)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -205,10 +205,7 @@ class AdaptiveStep:
     def _search(
         self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction
     ) -> Proposal:
-        """The best of the proposals for three gammas, the first that of the inverses; its gamma and inverses stay.
-
-        The first step, whose gamma is a guess, goes on in the direction that was better.
-        """
+        """The best of the proposals for three gammas, the first that of the inverses; its gamma and inverses stay."""
         state, groups = optimizer.state, optimizer.param_groups
 
         def tried(gamma: float) -> Candidate:
@@ -226,10 +223,11 @@ class AdaptiveStep:
             group["gamma"] = best.gamma
         for w, own in best.inverses.items():
             state[w].update(own)
-        proposal = best.proposal
-        if curvature.settings.precision == "auto" and ops.multiplies_bf16_faster(now.finite.device):
-            return self._rounded_or_not(optimizer, curvature, now, fallback, proposal)
-        return proposal
+        device = now.finite.device
+        faster = curvature.settings.precision == "auto" and ops.multiplies_bf16_faster(device)
+        if distributed.common([faster], device)[0]:
+            return self._rounded_or_not(optimizer, curvature, now, fallback, best.proposal)
+        return best.proposal
 
     def _rounded_or_not(
         self,
@@ -261,9 +259,10 @@ class AdaptiveStep:
         gradient, natural = _gradient_and_natural(*update.precondition(plan, hyper, blocks), plan, blocks)
         for p, grad in zip(tensors.parameters, tensors.grads, strict=True):
             gradient[cast(nn.Parameter, p)] = grad * hyper.unscale.to(grad)
-        if longest:  # an adaptive alpha would undo a factor that all share
-            for own, v in natural.items():
-                v *= float(group_of[own]["lr"]) / longest
+        for own, v in natural.items():  # an adaptive alpha would undo a factor that all share
+            lr = float(group_of[own]["lr"])
+            if lr != longest:
+                v *= lr / longest
         last: Direction = {}
         if first["adaptive_momentum"] or first["momentum"] != 0:
             last = {p: optimizer.state[p]["momentum_buffer"] for p in natural}
@@ -341,11 +340,11 @@ def _gradient_and_natural(
     gradient: Direction = {}
     natural: Direction = {}
     for i, layer in enumerate(plan.layers):
-        for into, matrix, sign in ((gradient, grads[i], 1.0), (natural, V[i], -1.0)):
+        for into, matrix, written in ((gradient, grads[i], Tensor.contiguous), (natural, V[i], Tensor.neg)):
             weight, bias = layer.layout.split(matrix, blocks.weights[i].shape)
-            into[cast(nn.Parameter, blocks.weights[i])] = weight * sign
+            into[cast(nn.Parameter, blocks.weights[i])] = written(weight)
             if bias is not None and layer.bias_has_grad:
-                into[cast(nn.Parameter, blocks.biases[i])] = bias * sign
+                into[cast(nn.Parameter, blocks.biases[i])] = written(bias)
     return gradient, natural
 
 

@@ -107,8 +107,8 @@ def test_initial_damping_belongs_to_adaptive_damping():
 
 def test_groups_hold_numbers_and_flags():
     (group,) = kfac(lr="adaptive", momentum="adaptive", damping="adaptive", weight_decay=0.25).param_groups
-    assert (group["lr"], group["momentum"], group["damping"]) == (1.0, 1.0, 150.0)
-    assert group["gamma"] == math.sqrt(150.25)
+    assert (group["lr"], group["momentum"], group["damping"]) == (1.0, 1.0, 0.6)
+    assert group["gamma"] == math.sqrt(0.6 + 0.25)
     assert group["adaptive_lr"] is group["adaptive_momentum"] is group["adaptive_damping"] is True
     (group,) = kfac(damping="adaptive", initial_damping=2.0).param_groups
     assert (group["damping"], group["adaptive_lr"], group["adaptive_momentum"]) == (2.0, False, False)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 from torch import Tensor
 
-from kfac_triton.tuning import curves, datasets
+from kfac_triton.tuning import curves, datasets, faces
 from kfac_triton.tuning.errors import Mistake
 
 FILES = list(datasets.MNIST_FILES)
@@ -74,6 +77,68 @@ def test_a_stroke_is_the_maximum_of_gaussians_along_it() -> None:
 def test_curves_are_the_same_bytes_for_the_same_seed() -> None:
     assert np.array_equal(curves.generate(250), curves.generate(250))
     assert not np.array_equal(curves.generate(250), curves.generate(250, seed=1))
+
+
+def photographs() -> torch.Tensor:
+    """40 people: the brightness of a photograph tells whose it is."""
+    return torch.arange(400.0).view(400, 1, 1).expand(400, 64, 64)
+
+
+def test_faces_have_the_residual_of_the_recipe() -> None:
+    try:
+        path = datasets.find_olivetti(os.environ.get("KFAC_DATA"))
+    except Mistake as missing:
+        pytest.skip(str(missing))
+    images = datasets.load_faces(path.parent, 10_000, 2_000)
+    assert float(images.train.mean(0).abs().max()) < 1e-4 and float(images.train.square().mean()) == pytest.approx(1.0)
+    assert residual(images.train, images.test, 30) == pytest.approx(136, abs=3)
+
+
+def test_a_picture_is_the_window_of_a_turned_and_scaled_photograph() -> None:
+    """By hand: nearest pixels of a plane, which bilinear sampling and means over 3 x 3 keep as it is."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    plane = (3 * x + 5 * y)[None]
+    turn, scale, centre = torch.tensor([0.3]), torch.tensor([1.6]), torch.tensor([[2.0, -1.0]])
+    picture = faces.draw(plane, turn, scale, centre).view(25, 25)
+    for row, column in ((12, 12), (12, 20), (5, 9)):
+        v, u = 3 * (row - 12), 3 * (column - 12)
+        across = (u * math.cos(0.3) - v * math.sin(0.3)) / 1.6 + 31.5 + 2
+        down = (u * math.sin(0.3) + v * math.cos(0.3)) / 1.6 + 31.5 - 1
+        assert float(picture[row, column]) == pytest.approx(3 * across + 5 * down, rel=1e-4)
+
+
+def test_faces_of_the_first_people_train_and_those_of_the_last_test() -> None:
+    train, test = faces._of_people(photographs(), range(25), 500, torch.Generator()), None
+    assert sorted(train[:, 0].round().int().unique().tolist()) == list(range(250))
+    assert all(int((train[:, 0].round() == k).sum()) == 2 for k in (0, 100, 249))
+    train, test = faces.generate(photographs(), 250, 100)
+    scale = (torch.arange(250.0) - 124.5).square().mean().sqrt()
+    own = (test[:, 0] * scale + 124.5).round()
+    assert sorted(own.int().tolist()) == list(range(300, 400))
+    again, _ = faces.generate(photographs(), 250, 100)
+    other, _ = faces.generate(photographs(), 250, 100, seed=1)
+    assert torch.equal(train, again) and not torch.equal(train, other)
+
+
+@pytest.mark.parametrize("place", ["olivetti", "."])
+def test_the_photographs_are_found(bare: Path, place: str) -> None:
+    (bare / "given" / place).mkdir(parents=True, exist_ok=True)
+    savemat(bare / "given" / place / "olivettifaces.mat", {"faces": np.zeros((4096, 400), np.uint8)})
+    assert datasets.find_olivetti(bare / "given").parent == (bare / "given" / place)
+    assert datasets.load_faces(bare / "given", 250, 100).provenance["size"] == "250 + 100"
+
+
+def test_photographs_that_are_not_there_or_damaged_are_named(bare: Path) -> None:
+    with pytest.raises(Mistake, match=r"no network.*--data DIR or set KFAC_DATA, or run the task 'curves'"):
+        datasets.load_faces()
+    with pytest.raises(Mistake, match=r"--data .*empty: no olivettifaces.mat there"):
+        datasets.load_faces(bare / "empty")
+    (bare / "olivettifaces.mat").write_bytes(b"not a matrix")
+    with pytest.raises(Mistake, match=r"olivettifaces.mat cannot be read .*; fetch it again"):
+        datasets.load_faces(bare)
+    savemat(bare / "olivettifaces.mat", {"faces": np.zeros((4096, 10))})
+    with pytest.raises(Mistake, match=r"holds float64 of shape \(4096, 10\), not bytes of shape \(4096, 400\)"):
+        datasets.load_faces(bare)
 
 
 def test_digits_are_split_without_overlap() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ from torch import nn
 
 from kfac_triton.tuning import datasets, problems
 from kfac_triton.tuning.baselines import apply_schedule, find_entrant, initial_values
-from kfac_triton.tuning.problems import CURVES_WIDTHS, MNIST_WIDTHS, autoencoder, find_task
+from kfac_triton.tuning.problems import CURVES_WIDTHS, FACES_WIDTHS, MNIST_WIDTHS, autoencoder, find_task
 from kfac_triton.tuning.space import SPACES
-from kfac_triton.tuning.trainer import endless, train_step
+from kfac_triton.tuning.trainer import GROWN, GROWN_AT, Budget, endless, grown, train, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,7 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
 
 
-@pytest.mark.parametrize("widths", [CURVES_WIDTHS, MNIST_WIDTHS])
+@pytest.mark.parametrize("widths", [CURVES_WIDTHS, MNIST_WIDTHS, FACES_WIDTHS])
 def test_an_autoencoder_is_mirrored_with_a_linear_code(widths: tuple[int, ...]) -> None:
     model = autoencoder(widths)
     sizes = [layer.in_features for layer in linears(model)] + [linears(model)[-1].out_features]
@@ -64,6 +66,65 @@ def test_the_loss_is_the_bernoulli_nll_of_an_example(few_curves: None) -> None:
     p = outputs.sigmoid()
     nll = -(targets * p.log() + (1 - targets) * (1 - p).log()).sum(1)
     assert float(task.loss(outputs, targets)) == pytest.approx(float(nll.mean()), rel=1e-12)
+
+
+def test_faces_have_linear_outputs_and_the_gaussian_nll(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = torch.randn(30, 625)
+    none = torch.zeros(0, dtype=torch.int64)
+    drawn = datasets.Dataset(pictures[:20], pictures[20:], none, none, {"name": "faces"})
+    monkeypatch.setattr(problems, "load_faces", lambda data: drawn)
+    task = find_task("faces")
+    outputs = torch.randn(20, 625)
+    assert task.likelihood == "gaussian" and task.evaluate is not None and task.test is not None
+    expected = 0.5 * (outputs - pictures[:20]).square().sum(1).mean()
+    assert float(task.loss(outputs, pictures[:20])) == pytest.approx(float(expected), rel=1e-6)
+    shift = nn.Module()
+    shift.forward = lambda x: x + 0.1  # type: ignore[method-assign]
+    assert task.evaluate(shift) == pytest.approx(6.25, rel=1e-4) == task.test(shift)
+
+
+def test_the_momentum_of_sutskever() -> None:
+    """1/2 in the first 250 updates, 3/4 in the next, then 5/6, 7/8, ... and never above its end."""
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = find_entrant("nesterov").build(
+        nn.ParameterList([weight]), find_task("digits"), {"lr": 0.0, "mu_max": 0.8}, False
+    )
+    weight.grad = torch.ones(1)
+    used = []
+    for _ in range(1001):
+        optimizer.step()
+        used.append(optimizer.param_groups[0]["momentum"])
+    assert [used[k] for k in (0, 249, 250, 499, 500, 1000)] == [0.5, 0.5, 0.75, 0.75, 0.8, 0.8]
+    plain = find_entrant("nesterov").build(
+        nn.ParameterList([weight]), find_task("digits"), {"lr": 0.1, "mu_max": 0.0}, False
+    )
+    plain.step()
+    plain.step()
+    assert float(weight) == pytest.approx(0.8)
+
+
+def test_batches_grow() -> None:
+    """One of the task's batches at first, 40 from the 500th step on; none is left out and none comes twice."""
+    stream = ((torch.tensor([i]), {"target": torch.tensor([i, i])}) for i in itertools.count())
+    batches = list(itertools.islice(grown(stream), GROWN_AT + 1))
+    sizes = [len(inputs) for inputs, _ in batches]
+    assert sizes[:90] == [1] * 90 and sizes[-2:] == [GROWN, GROWN] and sizes == sorted(sizes)
+    assert torch.equal(torch.cat([inputs for inputs, _ in batches]), torch.arange(sum(sizes)))
+    assert all(len(targets["target"]) == 2 * len(inputs) for inputs, targets in batches)
+
+
+def test_a_growing_run_trains_on_fewer_and_larger_batches(few_curves: None) -> None:
+    seen: list[int] = []
+    task = find_task("curves")
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append(len(outputs))
+        return task.loss(outputs, targets)
+
+    entrant = replace(find_entrant("adamw-default"), growing=True)
+    train(replace(task, loss=loss, evaluate=lambda model: 1.0), entrant, {}, 1, Budget(3.0, 1, held_out=False))
+    assert seen[0] == 512 and max(seen) > 512
+    assert not find_entrant("kfac-paper").growing and find_entrant("kfac-growing").growing
 
 
 def test_the_metric_is_the_squared_error_of_an_image(few_curves: None) -> None:

@@ -198,8 +198,10 @@ def _olivetti_in(folder: Path) -> Path | None:
 
 @lru_cache(maxsize=1)
 def _draw_faces(path: Path, train: int, test: int) -> Dataset:
-    from scipy.io import loadmat
-
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise Mistake("data set 'faces' is read with scipy: pip install 'kfac-triton[bench]'") from error
     shape = (faces_recipe.SIDE**2, faces_recipe.PHOTOGRAPHS)
     try:
         columns = loadmat(path)["faces"]

@@ -14,6 +14,7 @@ settings tried of either: there its target says little, and AdamW's is the one t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -67,33 +68,79 @@ def digits(data: Path | None, device: torch.device) -> Task:
     )
 
 
-def digits_autoencoder(data: Path | None, device: torch.device) -> Task:
-    """Autoencoder 64-48-32-16-6-16-32-48-64 on scikit-learn's digits, batch 256: a small deep problem."""
-    return _autoencoder_task("digits-autoencoder", _on(load_digits(), device), SMALL_WIDTHS, 256)
+@dataclass(frozen=True)
+class Autoencoder:
+    """An autoencoder task: its name, what it is in a line, where its images come from, its widths and batch size;
+    `gaussian`: linear outputs and half the squared error, else logistic ones and the sigmoid cross-entropy."""
+
+    name: str
+    about: str
+    load: Callable[[Path | None], Dataset]
+    widths: tuple[int, ...]
+    batch: int
+    gaussian: bool = False
+
+    def task(self, data: Path | None, device: torch.device) -> Task:
+        images = _on(self.load(data), device)
+        judged = min(JUDGED, len(images.train))
+        picture: Callable[[Tensor], Tensor] = nn.Identity() if self.gaussian else torch.sigmoid
+        return Task(
+            model=lambda: autoencoder(self.widths),
+            batches=shuffled(images.train, images.train, self.batch),
+            loss=half_squared_error if self.gaussian else summed_cross_entropy,
+            likelihood="gaussian" if self.gaussian else "bernoulli",
+            evaluate=squared_error(images.train[:judged], picture),
+            name=self.name,
+            metric=f"squared reconstruction error an image, first {judged:,} training images",
+            test=squared_error(images.test[:JUDGED], picture),
+            data=(images.provenance,),
+        )
 
 
-def curves(data: Path | None, device: torch.device) -> Task:
-    """The paper's autoencoder 784-400-200-100-50-25-6 and back on the generated CURVES, batch 512."""
-    return _autoencoder_task("curves", _on(load_curves(), device), CURVES_WIDTHS, 512)
-
-
-def mnist(data: Path | None, device: torch.device) -> Task:
-    """The paper's autoencoder 784-1000-500-250-30 and back on MNIST, batch 512; needs the files."""
-    return _autoencoder_task("mnist", _on(load_mnist(data), device), MNIST_WIDTHS, 512)
-
-
-def faces(data: Path | None, device: torch.device) -> Task:
-    """The paper's autoencoder 625-2000-1000-500-30 and back, linear outputs, on FACES, batch 512; needs the file."""
-    return _autoencoder_task("faces", _on(load_faces(data), device), FACES_WIDTHS, 512, gaussian=True)
-
+AUTOENCODERS = {
+    one.name: one
+    for one in (
+        Autoencoder(
+            "digits-autoencoder",
+            "Autoencoder 64-48-32-16-6 and back on scikit-learn's digits, batch 256: a small deep problem.",
+            lambda data: load_digits(),
+            SMALL_WIDTHS,
+            256,
+        ),
+        Autoencoder(
+            "curves",
+            "The paper's autoencoder 784-400-200-100-50-25-6 and back on the generated CURVES, batch 512.",
+            lambda data: load_curves(),
+            CURVES_WIDTHS,
+            512,
+        ),
+        Autoencoder(
+            "mnist",
+            "The paper's autoencoder 784-1000-500-250-30 and back on MNIST, batch 512; needs the files.",
+            lambda data: load_mnist(data),
+            MNIST_WIDTHS,
+            512,
+        ),
+        Autoencoder(
+            "faces",
+            "The paper's autoencoder 625-2000-1000-500-30 and back, linear, on FACES, batch 512; needs the file.",
+            lambda data: load_faces(data),
+            FACES_WIDTHS,
+            512,
+            gaussian=True,
+        ),
+    )
+}
 
 BUILT_IN: dict[str, Callable[[Path | None, torch.device], Task]] = {
     "digits": digits,
-    "digits-autoencoder": digits_autoencoder,
-    "curves": curves,
-    "mnist": mnist,
-    "faces": faces,
+    **{name: one.task for name, one in AUTOENCODERS.items()},
 }
+
+
+def about(name: str) -> str:
+    """A built-in task in a line."""
+    return AUTOENCODERS[name].about if name in AUTOENCODERS else (BUILT_IN[name].__doc__ or "").strip()
 
 
 def autoencoder(widths: tuple[int, ...]) -> nn.Sequential:
@@ -162,24 +209,6 @@ def shuffled(inputs: Tensor, targets: Tensor, size: int) -> Batches:
                 yield batch, batch if targets is inputs else targets[rows]
 
     return batches
-
-
-def _autoencoder_task(
-    name: str, images: Dataset, widths: tuple[int, ...], size: int, *, gaussian: bool = False
-) -> Task:
-    judged = min(JUDGED, len(images.train))
-    picture: Callable[[Tensor], Tensor] = nn.Identity() if gaussian else torch.sigmoid
-    return Task(
-        model=lambda: autoencoder(widths),
-        batches=shuffled(images.train, images.train, size),
-        loss=half_squared_error if gaussian else summed_cross_entropy,
-        likelihood="gaussian" if gaussian else "bernoulli",
-        evaluate=squared_error(images.train[:judged], picture),
-        name=name,
-        metric=f"squared reconstruction error an image, first {judged:,} training images",
-        test=squared_error(images.test[:JUDGED], picture),
-        data=(images.provenance,),
-    )
 
 
 def _on(images: Dataset, device: torch.device) -> Dataset:
