@@ -52,7 +52,7 @@ def run(
         ),
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="paper: the experiments of Martens & Grosse (2015), some three hours.")
+        str | None, typer.Option(help="paper: the experiments of Martens & Grosse (2015), an hour a task.")
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds for the whole command, tuning included.")] = None,
     seeds: Annotated[int, typer.Option(help="Report seeds.")] = 3,
@@ -218,6 +218,8 @@ def rival(
         dampings = tuple(float(damping) for damping in grid.split(","))
     except ValueError as error:
         raise Mistake(f"--grid {grid}: numbers with commas between them") from error
+    if not all(0 < damping < math.inf for damping in dampings):
+        raise Mistake(f"--grid {grid}: dampings above 0")
     for option, number in (("seconds", seconds), ("grid-seconds", grid_seconds), ("seeds", seeds)):
         if not 0 < number < math.inf:
             raise Mistake(f"--{option} {number:g}: a positive number")

@@ -19,8 +19,8 @@ from typing import Any
 from kfac_triton.benchmarks.plan import Plan, load_plan
 from kfac_triton.benchmarks.race import run_path, target_path, tuning_path
 from kfac_triton.benchmarks.store import read_json, write_json, write_text
-from kfac_triton.benchmarks.suites import find_suite, findings, first_below
-from kfac_triton.benchmarks.verdicts import verdicts
+from kfac_triton.benchmarks.suites import find_suite, findings
+from kfac_triton.benchmarks.verdicts import first_below, verdicts
 from kfac_triton.tuning.errors import Mistake
 
 SCHEMA = 1

@@ -55,9 +55,8 @@ class Curve:
     ms_per_step: float
 
     def at(self, seconds: float) -> float:
-        """The error at the last evaluation no later than an evaluation's distance after `seconds`; inf before."""
-        reached = [error for when, _, error in self.points if when <= seconds * (1 + 0.5 / POINTS)]
-        return reached[-1] if reached else math.inf
+        """The error at the evaluation nearest to `seconds`."""
+        return min(self.points, key=lambda point: abs(point[0] - seconds))[2]
 
 
 def compare(options: Options, data: Path | None, out: Path, console: Console) -> dict[str, Any]:
@@ -107,9 +106,8 @@ def print_comparison(found: dict[str, Any], best_known: float | None, console: C
         table.add_column(column, justify="right")
     for mark in found["marks"]:
         ours, theirs = mark["kfac-paper"], mark["kfac-jax"]
-        table.add_row(
-            f"{mark['seconds']:g}", f"{ours:.4g}", f"{theirs:.4g}", f"{(ours - known) / (theirs - known):.2f}"
-        )
+        share = f"{(ours - known) / (theirs - known):.2f}" if theirs > known else "none left"
+        table.add_row(f"{mark['seconds']:g}", f"{ours:.4g}", f"{theirs:.4g}", share)
     console.print(table)
     cost = found["ms_per_step"]
     console.print(

@@ -8,16 +8,14 @@ without momentum, on batches that stay and that grow, against SGD with Nesterov'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
+from kfac_triton.benchmarks.verdicts import time_to
 from kfac_triton.tuning.errors import Mistake
 
 Ratio = float  # of what one optimizer needs to what another needs, inf where that is nothing
-Points = Sequence[Mapping[str, Any]]
-
 SAVED = 0.9  # a smaller ratio counts as fewer updates; what lies above may be chance
 
 
@@ -127,8 +125,8 @@ def _finding(claim: Claim, one: Mapping[str, Any], other: Mapping[str, Any]) -> 
     if not all(map(math.isfinite, ends)):
         return f"{claim.text}: {claim.one} or {claim.other} diverged, so nothing is compared."
     at = max(ends)
-    needs = [_needs(side, at) for side in (one, other)]
-    seconds, steps = (_ratio(needs[0][i], needs[1][i]) for i in (0, 1))
+    own, others = time_to(one, at), time_to(other, at)
+    seconds, steps = (_ratio(own[name], others[name]) for name in ("seconds", "steps"))
     cost = one["summary"]["ms_per_step"]["median"] / other["summary"]["ms_per_step"]["median"]
     verdict = "As" if claim.agrees(steps, seconds, cost) else "Not as"
     return (
@@ -136,27 +134,6 @@ def _finding(claim: Claim, one: Mapping[str, Any], other: Mapping[str, Any]) -> 
         f"updates and {seconds:.2f} times the seconds of {claim.other}, at {cost:.2f} times the seconds an update; "
         f"they end at {ends[0]:.4g} and {ends[1]:.4g}."
     )
-
-
-def _needs(entrant: Mapping[str, Any], error: float) -> tuple[float, float]:
-    """Median seconds and steps to `error`; a run that never gets there needs infinitely many.
-
-    Who ends there in the median needs no more than its whole run.
-    """
-    reached = [first_below(run["points"], error) for run in entrant["runs"]]
-    seconds, steps = (median(one[i] for one in reached) for i in (0, 1))
-    summary = entrant["summary"]
-    if math.isinf(seconds) and summary["final_train"]["median"] <= error:
-        return summary["seconds"]["median"], summary["steps"]["median"]
-    return seconds, steps
-
-
-def first_below(points: Points, error: float) -> tuple[float, float]:
-    """Seconds and steps at the first evaluation at or below `error`; inf, inf where there is none."""
-    for point in points:
-        if point["train"] is not None and point["train"] <= error:
-            return point["seconds"], point["step"]
-    return math.inf, math.inf
 
 
 def _ratio(one: float, other: float) -> Ratio:

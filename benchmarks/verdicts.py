@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 FEW_SEEDS = 3
@@ -28,7 +30,7 @@ def _target(target: str, value: float, entrants: dict[str, Any]) -> list[str]:
     said = []
     for name, one in entrants.items():
         if name != target:
-            said.append(_against(name, one["summary"]["targets"][target], what, target, reference))
+            said.append(_against(name, one["summary"]["targets"][target], what, target, value, reference))
     ranked = sorted(entrants, key=lambda name: entrants[name]["summary"]["targets"][target]["seconds"]["median"])
     fastest = entrants[ranked[0]]["summary"]["targets"][target]["seconds"]["median"]
     if not math.isfinite(fastest):
@@ -40,14 +42,16 @@ def _target(target: str, value: float, entrants: dict[str, Any]) -> list[str]:
     return said
 
 
-def _against(name: str, reached: dict[str, Any], what: str, target: str, reference: dict[str, Any] | None) -> str:
+def _against(
+    name: str, reached: dict[str, Any], what: str, target: str, value: float, reference: dict[str, Any] | None
+) -> str:
     seconds, steps = reached["seconds"]["median"], reached["steps"]["median"]
     count = f"{reached['reached']} of {reached['runs']} runs reach it"
     if not math.isfinite(seconds):
         return f"{name} does not reach {what} in the median: {count}."
     text = f"{name} reaches {what} in {seconds:.3g} s and {steps:.0f} steps"
     if reference:
-        own = time_of(reference, target)
+        own = time_to(reference, value)
         share, step_share = seconds / own["seconds"], steps / max(own["steps"], 1)
         verb = "less" if share < 1 else "more"
         text += (
@@ -57,13 +61,21 @@ def _against(name: str, reached: dict[str, Any], what: str, target: str, referen
     return f"{text}; cold, compilation included, {reached['cold_seconds']['median']:.3g} s; {count}."
 
 
-def time_of(reference: dict[str, Any], target: str) -> dict[str, float]:
-    """What a baseline needs for its own target: its median time to it, or its whole run where the median misses."""
-    summary = reference["summary"]
-    own = summary["targets"][target]
-    if math.isfinite(own["seconds"]["median"]):
-        return {"seconds": own["seconds"]["median"], "steps": own["steps"]["median"]}
-    return {"seconds": summary["seconds"]["median"], "steps": summary["steps"]["median"]}
+def time_to(entrant: Mapping[str, Any], error: float) -> dict[str, float]:
+    """Median seconds and steps of an entrant to an error that it ends at: its whole run where the median misses."""
+    reached = [first_below(run["points"], error) for run in entrant["runs"]]
+    seconds, steps = (median(one[i] for one in reached) for i in (0, 1))
+    if math.isfinite(seconds):
+        return {"seconds": seconds, "steps": steps}
+    return {name: entrant["summary"][name]["median"] for name in ("seconds", "steps")}
+
+
+def first_below(points: Sequence[Mapping[str, Any]], error: float) -> tuple[float, float]:
+    """Seconds and steps at the first evaluation at or below `error`; inf, inf where there is none."""
+    for point in points:
+        if point["train"] is not None and point["train"] <= error:
+            return point["seconds"], point["step"]
+    return math.inf, math.inf
 
 
 def _final(entrants: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -76,19 +78,56 @@ class Objective:
         return float(mean)
 
 
+class _Backward:
+    """Torch's two backward functions, which belong to the whole process, and the threads that do without them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._without: set[int] = set()
+        self._patches: list[Any] = []
+
+    def leave_out(self, thread: int) -> None:
+        with self._lock:
+            if not self._without:
+                self._patches = [
+                    mock.patch.object(owner, "backward", self._in_other_threads(owner.backward))
+                    for owner in (torch.Tensor, torch.autograd)
+                ]
+                for patch in self._patches:
+                    patch.start()
+            self._without.add(thread)
+
+    def give_back(self, thread: int) -> None:
+        with self._lock:
+            self._without.discard(thread)
+            if not self._without:
+                for patch in self._patches:
+                    patch.stop()
+
+    def _in_other_threads(self, backward: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(backward)
+        def maybe(*args: Any, **kwargs: Any) -> None:
+            if threading.get_ident() not in self._without:
+                backward(*args, **kwargs)
+
+        return maybe
+
+
+_BACKWARD = _Backward()
+
+
 @contextmanager
 def no_backward() -> Iterator[None]:
-    """In here Tensor.backward and autograd.backward do nothing. Forward passes are those of training, graph and all, so
-    that compiled code and random numbers are the same."""
+    """In here Tensor.backward and autograd.backward do nothing in this thread; in others they are as ever.
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        pass
-
-    with (
-        mock.patch.object(torch.Tensor, "backward", nothing),
-        mock.patch.object(torch.autograd, "backward", nothing),
-    ):
+    Forward passes are those of training, graph and all, so that compiled code and random numbers are the same.
+    """
+    here = threading.get_ident()
+    _BACKWARD.leave_out(here)
+    try:
         yield
+    finally:
+        _BACKWARD.give_back(here)
 
 
 def number(loss: Any) -> float:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from kfac_triton import arguments, assembly, checkpoint, schedules
-from kfac_triton.adaptive import AdaptiveStep, Occasion
+from kfac_triton.adaptive import AdaptiveStep
 from kfac_triton.approximations import average, kronecker, tridiagonal
 from kfac_triton.capture import Streams
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import factored_damping
 from kfac_triton.likelihoods import Likelihood
 from kfac_triton.objective import Objective
+from kfac_triton.proposal import Occasion
 from kfac_triton.schedules import Schedule
 from kfac_triton.update import CompiledStep
 
@@ -77,8 +78,8 @@ class KFAC(torch.optim.Optimizer):
         fallback_lr: AdamW's learning rate for parameters without a block, at this lr: it follows lr's scheduler.
             Default lr / 10, and 1e-3 with lr="adaptive".
         precision: of the products V = G_inv grad A_inv: "ieee", or "bf16", operands rounded and sums in float32, which
-            which a CPU may do faster. "auto": "ieee"; with damping="adaptive", on a CPU with such instructions, "bf16"
-            from one search for gamma to the next, where that keeps 95 % of what the quadratic model promises.
+            some CPUs do faster. "auto": "ieee"; with damping="adaptive", on a CPU with such instructions, "bf16" from
+            one search for gamma to the next, where that keeps 95 % of what the quadratic model promises.
         seed: of the sampled targets.
         compile: compile the step. Without a C++ compiler: one warning, then eager.
 

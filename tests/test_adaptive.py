@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import dense
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_triton import KFAC, ops
+from kfac_triton import KFAC, objective, ops
 from kfac_triton.arguments import CALIBRATED_FROM
 from kfac_triton.curvature import Curvature
 
@@ -414,9 +416,40 @@ def test_a_closure_that_fails_fails():
         loss.backward()
         return loss
 
+    before = torch.Tensor.backward, torch.autograd.backward
     with pytest.raises(OverflowError, match="the second call"):
         optimizer.step(closure)
-    assert torch.Tensor.backward.__name__ == torch.autograd.backward.__name__ == "backward"
+    assert (torch.Tensor.backward, torch.autograd.backward) == before
+
+
+def test_backward_passes_of_other_threads_go_on():
+    """Two threads inside, entering and leaving in turn; a third trains all the while and loses nothing."""
+    before = torch.Tensor.backward, torch.autograd.backward
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with objective.no_backward():
+            inside.set()
+            assert leave.wait(10)
+
+    def gradient() -> Tensor | None:
+        weight = torch.ones((), requires_grad=True)
+        (3 * weight).backward()
+        torch.autograd.backward([2 * weight])
+        return weight.grad
+
+    other = threading.Thread(target=stay)
+    with objective.no_backward():
+        other.start()
+        assert inside.wait(10)
+        assert gradient() is None
+        with ThreadPoolExecutor(1) as third:
+            assert third.submit(gradient).result() == 5
+    assert gradient() == 5
+    leave.set()
+    other.join()
+    assert gradient() == 5
+    assert (torch.Tensor.backward, torch.autograd.backward) == before
 
 
 @pytest.mark.parametrize(("loss_of_rounding", "kept"), [(0.0, True), (1.0, False)])

@@ -26,6 +26,7 @@ LEVELS = [
     {"statistics", "quadratic", "objective", "loss_scale"},
     {"empirical", "curvature"},
     {"assembly", "checkpoint"},
+    {"proposal"},
     {"adaptive"},
     {"optimizer"},
     {"__init__"},

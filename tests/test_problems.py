@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_triton.tuning import datasets, problems
+from kfac_triton.tuning import datasets, problems, trainer
 from kfac_triton.tuning.baselines import apply_schedule, find_entrant, initial_values
 from kfac_triton.tuning.problems import CURVES_WIDTHS, FACES_WIDTHS, MNIST_WIDTHS, autoencoder, find_task
 from kfac_triton.tuning.space import SPACES
@@ -113,7 +113,9 @@ def test_batches_grow() -> None:
     assert all(len(targets["target"]) == 2 * len(inputs) for inputs, targets in batches)
 
 
-def test_a_growing_run_trains_on_fewer_and_larger_batches(few_curves: None) -> None:
+def test_a_growing_run_trains_on_fewer_and_larger_batches(few_curves: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "GROWN", 3)
+    monkeypatch.setattr(trainer, "GROWN_AT", 3)
     seen: list[int] = []
     task = find_task("curves")
 
@@ -122,8 +124,8 @@ def test_a_growing_run_trains_on_fewer_and_larger_batches(few_curves: None) -> N
         return task.loss(outputs, targets)
 
     entrant = replace(find_entrant("adamw-default"), growing=True)
-    train(replace(task, loss=loss, evaluate=lambda model: 1.0), entrant, {}, 1, Budget(3.0, 1, held_out=False))
-    assert seen[0] == 512 and max(seen) > 512
+    train(replace(task, loss=loss, evaluate=lambda model: 1.0), entrant, {}, 1, Budget(1.0, 1, held_out=False))
+    assert seen[0] == 512 and max(seen) == 3 * 512
     assert not find_entrant("kfac-paper").growing and find_entrant("kfac-growing").growing
 
 

@@ -17,6 +17,7 @@ from kfac_triton.benchmarks.plan import Plan, Request, write_plan
 from kfac_triton.benchmarks.race import run_path, target_path, tuning_path
 from kfac_triton.benchmarks.results import collect, spread
 from kfac_triton.benchmarks.store import write_json
+from kfac_triton.benchmarks.verdicts import first_below
 from kfac_triton.tuning.errors import Mistake
 
 DATA = {"name": "made up", "source": "by this test", "digest": "ab" * 32, "size": "3 + 2"}
@@ -114,6 +115,13 @@ def won(make: Callable[..., Path]) -> Path:
         {"sgd": 100 * math.exp(-1.02), "adamw": 100 * math.exp(-0.5)},
         {"kfac": {"damping": "low"}},
     )
+
+
+def test_the_first_evaluation_at_or_below_the_target_counts() -> None:
+    points = [{"seconds": s, "step": 10 * s, "train": value} for s, value in enumerate([9.0, None, 4.0, 5.0, 1.0])]
+    assert first_below(points, 4.0) == (2, 20)
+    assert first_below(points, 3.9) == (4, 40)
+    assert first_below(points, 0.5) == (math.inf, math.inf)
 
 
 def test_a_miss_takes_part_in_the_median() -> None:

@@ -35,8 +35,10 @@ def test_both_sides_get_the_same_problem(tmp_path: Path) -> None:
     assert np.array_equal(laid["judged"], images[:JUDGED].numpy())
 
 
-def test_the_marks_are_the_last_evaluations_in_time() -> None:
+def test_the_marks_are_the_nearest_evaluations() -> None:
     curve = Curve("kfac-jax", 1, [[0.0, 0, 9.0], [10.2, 50, 5.0], [20.6, 99, 3.0], [120.0, 600, 1.0]], 200.0)
+    late = Curve("kfac-jax", 1, [[0.0, 0, 9.0], [12.0, 12, 5.0], [21.0, 21, 3.0]], 1000.0)
+    assert late.at(10.0) == 5.0
     assert [curve.at(seconds) for seconds in (0.0, 5.0, 10.0, 20.0, 40.0, 120.0)] == [9.0, 9.0, 5.0, 3.0, 3.0, 1.0]
     other = Curve("kfac-paper", 1, [[0.0, 0, 8.0], [10.0, 90, 4.0], [120.0, 1000, 0.5]], 120.0)
     marks = _marks([other, curve], 120.0)
@@ -59,6 +61,7 @@ def test_the_table_counts_from_the_best_known_error() -> None:
 
     assert "0.50" in printed(None) and "best known 1" in printed(None)
     assert "0.25" in printed(3.0)
+    assert "none left" in printed(7.0)
     assert "0.60 of it" in printed(None) and "best of 0.1, 1.0: 0.1" in printed(None)
 
 
@@ -72,6 +75,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         ([*small, "--python", "nowhere/python"], "--python nowhere/python does not run"),
         (small, "kfac-jax does not run there (ImportError: no jax in here); make an environment with pip install jax"),
         ([*small, "--grid", "small"], "--grid small: numbers with commas"),
+        ([*small, "--grid", "0.1,0"], "--grid 0.1,0: dampings above 0"),
         ([*small, "--seeds", "0"], "--seeds 0: a positive number"),
     ):
         assert cli.main(["rival", *arguments]) == 2

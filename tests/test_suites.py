@@ -15,7 +15,7 @@ from kfac_triton.benchmarks.plan import Plan, Request, derive, write_plan
 from kfac_triton.benchmarks.race import run_path, target_path, tuning_path
 from kfac_triton.benchmarks.results import collect
 from kfac_triton.benchmarks.store import read_json, write_json
-from kfac_triton.benchmarks.suites import SUITES, findings, first_below
+from kfac_triton.benchmarks.suites import SUITES, findings
 from kfac_triton.tuning.baselines import ENTRANTS
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.problems import BUILT_IN
@@ -100,13 +100,6 @@ def test_a_divergence_is_not_compared() -> None:
 
 def test_nobody_there_no_finding() -> None:
     assert findings(PAPER, {"optimizers": [{"name": "kfac-paper", "runs": []}]}) == []
-
-
-def test_the_first_evaluation_at_or_below_the_target_counts() -> None:
-    seen = [{"seconds": s, "step": 10 * s, "train": value} for s, value in enumerate([9.0, None, 4.0, 5.0, 1.0])]
-    assert first_below(seen, 4.0) == (2, 20)
-    assert first_below(seen, 3.9) == (4, 40)
-    assert first_below(seen, 0.5) == (math.inf, math.inf)
 
 
 def test_baselines_run_once_where_no_challenger_is_tuned() -> None:

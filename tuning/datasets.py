@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import os
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,10 +32,8 @@ MNIST_FILES = {
     "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
 }
-MNIST_GZIPPED = {f"{name}.gz": md5 for name, md5 in MNIST_FILES.items()}
 MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
-OLIVETTI_FILE, OLIVETTI_MD5 = "olivettifaces.mat", "7be4afc20ba95152afb4c6b4b5d45c5b"
-OLIVETTI_MIRRORS = ("https://cs.nyu.edu/~roweis/data/",)
+OLIVETTI_FILE, OLIVETTI_BRIGHTEST = "olivettifaces.mat", 242
 DOWNLOAD_SECONDS = 20
 
 
@@ -58,29 +57,15 @@ def load_curves(train: int = 20_000, test: int = 10_000) -> Dataset:
 
 
 def load_faces(folder: str | os.PathLike[str] | None = None, train: int = 20_000, test: int = 5_000) -> Dataset:
-    """FACES, drawn from the 400 Olivetti photographs in olivettifaces.mat (AT&T Laboratories Cambridge).
+    """FACES, drawn from the 400 Olivetti photographs (AT&T Laboratories Cambridge): olivettifaces.mat, or what
+    scikit-learn downloads.
 
     Raises:
         Mistake: the file is not in `folder`; or, without one, it is nowhere and cannot be downloaded; or it is damaged.
     """
-    return _draw_faces(find_olivetti(folder), train, test)
-
-
-def find_olivetti(folder: str | os.PathLike[str] | None = None) -> Path:
-    """The file with the photographs, after a download if need be."""
-    if folder is not None:
-        found = _olivetti_in(Path(folder))
-        if found is None:
-            raise Mistake(f"--data {folder}: no {OLIVETTI_FILE} there, in the folder itself or in olivetti/")
-        return found
-    places = usual_folders()
-    for place in places:
-        found = _olivetti_in(place)
-        if found is not None:
-            return found
-    target = cache_folder() / "olivetti"
-    _download("faces", f"file {OLIVETTI_FILE} is", {OLIVETTI_FILE: OLIVETTI_MD5}, OLIVETTI_MIRRORS, target, places)
-    return target / OLIVETTI_FILE
+    return _draw_faces(
+        _locate(folder, _olivetti_in, f"no {OLIVETTI_FILE} there, in the folder itself or in olivetti/"), train, test
+    )
 
 
 @lru_cache(maxsize=1)
@@ -111,19 +96,8 @@ def load_mnist(folder: str | os.PathLike[str] | None = None) -> Dataset:
 
 def find_mnist(folder: str | os.PathLike[str] | None = None) -> Path:
     """The folder that holds the four files, after a download if need be."""
-    if folder is not None:
-        found = _mnist_in(Path(folder))
-        if found is None:
-            raise Mistake(f"--data {folder}: no MNIST there; it needs {_wanted()}, in the folder itself or in mnist/")
-        return found
-    places = usual_folders()
-    for place in places:
-        found = _mnist_in(place)
-        if found is not None:
-            return found
-    folder = cache_folder() / "mnist"
-    _download("mnist", "four IDX files are", MNIST_GZIPPED, MNIST_MIRRORS, folder, places)
-    return folder
+    found = _locate(folder, _mnist_in, f"no MNIST there; it needs {_wanted()}, in the folder itself or in mnist/")
+    return found or _download_mnist(cache_folder() / "mnist")
 
 
 def usual_folders() -> list[Path]:
@@ -135,6 +109,20 @@ def usual_folders() -> list[Path]:
 
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kfac_triton"
+
+
+def _locate(folder: str | os.PathLike[str] | None, look: Callable[[Path], Path | None], complaint: str) -> Path | None:
+    """What `look` finds in `folder`, or without one in the usual folders, None where it is in none of those.
+
+    Raises:
+        Mistake: with `complaint`, it is not in `folder`.
+    """
+    if folder is None:
+        return next((found for place in usual_folders() if (found := look(place)) is not None), None)
+    found = look(Path(folder))
+    if found is None:
+        raise Mistake(f"--data {folder}: {complaint}")
+    return found
 
 
 def _mnist_in(folder: Path) -> Path | None:
@@ -155,25 +143,27 @@ def _wanted() -> str:
     return ", ".join(f"{name}[.gz]" for name in MNIST_FILES)
 
 
-def _download(
-    task: str, what: str, files: dict[str, str], mirrors: tuple[str, ...], folder: Path, searched: list[Path]
-) -> None:
-    """Downloads the files {name: md5} of a task into `folder`."""
+def _download_mnist(folder: Path) -> Path:
     try:
-        for name, md5 in files.items():
-            _fetch(name, md5, mirrors, folder)
+        for name, md5 in MNIST_FILES.items():
+            _fetch(f"{name}.gz", md5, folder)
     except OSError as error:
-        places = ", ".join(str(place) for place in searched)
-        raise Mistake(
-            f"task {task!r}: its {what} in none of {places}, and the download failed ({error}); "
-            "pass --data DIR or set KFAC_DATA, or run the task 'curves', which needs no files"
-        ) from error
+        raise _nowhere("mnist", "four IDX files are", error) from error
+    return folder
 
 
-def _fetch(name: str, md5: str, mirrors: tuple[str, ...], folder: Path) -> None:
+def _nowhere(task: str, what: str, error: Exception) -> Mistake:
+    places = ", ".join(str(place) for place in usual_folders())
+    return Mistake(
+        f"task {task!r}: its {what} in none of {places}, and the download failed ({error}); "
+        "pass --data DIR or set KFAC_DATA, or run the task 'curves', which needs no files"
+    )
+
+
+def _fetch(name: str, md5: str, folder: Path) -> None:
     """Downloads one file from the first mirror whose bytes have the right md5; OSError when there is none."""
     failure: OSError = OSError("no mirror")
-    for mirror in mirrors:
+    for mirror in MNIST_MIRRORS:
         try:
             with urllib.request.urlopen(mirror + name, timeout=DOWNLOAD_SECONDS) as answer:
                 content = answer.read()
@@ -197,28 +187,48 @@ def _olivetti_in(folder: Path) -> Path | None:
 
 
 @lru_cache(maxsize=1)
-def _draw_faces(path: Path, train: int, test: int) -> Dataset:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise Mistake("data set 'faces' is read with scipy: pip install 'kfac-triton[bench]'") from error
-    shape = (faces_recipe.SIDE**2, faces_recipe.PHOTOGRAPHS)
-    try:
-        columns = loadmat(path)["faces"]
-    except Exception as error:
-        raise Mistake(f"{path} cannot be read ({error}); fetch it again") from error
-    if columns.shape != shape or columns.dtype != np.uint8:
-        raise Mistake(f"{path} holds {columns.dtype} of shape {columns.shape}, not bytes of shape {shape}")
-    photographs = torch.from_numpy(columns.T.astype(np.float32)).view(-1, faces_recipe.SIDE, faces_recipe.SIDE).mT
-    pixels = faces_recipe.generate(photographs, train, test)
+def _draw_faces(path: Path | None, train: int, test: int) -> Dataset:
+    photographs = _downloaded_olivetti() if path is None else _read_olivetti(path)
+    pixels = faces_recipe.generate(torch.from_numpy(photographs.astype(np.float32)), train, test)
     provenance = {
         "name": "faces",
         "source": f"Olivetti photographs, drawn with seed {faces_recipe.SEED}; the digest is the photographs'",
-        "digest": hashlib.sha256(columns.tobytes()).hexdigest(),
+        "digest": hashlib.sha256(photographs.tobytes()).hexdigest(),
         "size": f"{train} + {test}",
     }
     none = torch.zeros(0, dtype=torch.int64)
     return Dataset(*pixels, none, none, provenance)
+
+
+def _read_olivetti(path: Path) -> NDArray[np.uint8]:
+    """The photographs (400, 64, 64) of a MATLAB file, whose columns hold them column by column."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise Mistake("data set 'faces' is read with scipy: pip install 'kfac-triton[bench]'") from error
+    count, side = faces_recipe.PHOTOGRAPHS, faces_recipe.SIDE
+    try:
+        columns: NDArray[np.uint8] = loadmat(path)["faces"]
+    except Exception as error:
+        raise Mistake(f"{path} cannot be read ({error}); fetch it again") from error
+    if columns.shape != (side**2, count) or columns.dtype != np.uint8:
+        raise Mistake(f"{path} holds {columns.dtype} of shape {columns.shape}, not bytes of shape {(side**2, count)}")
+    rows: NDArray[np.uint8] = np.ascontiguousarray(columns.T.reshape(count, side, side).transpose(0, 2, 1))
+    return rows
+
+
+def _downloaded_olivetti() -> NDArray[np.uint8]:
+    """The photographs (400, 64, 64) by way of scikit-learn, which keeps them in [0, 1]."""
+    try:
+        from sklearn.datasets import fetch_olivetti_faces
+    except ImportError as error:
+        raise Mistake("data set 'faces' comes by scikit-learn: pip install 'kfac-triton[bench]'") from error
+    try:
+        images = fetch_olivetti_faces(data_home=cache_folder() / "olivetti").images
+    except Exception as error:
+        raise _nowhere("faces", f"file {OLIVETTI_FILE} is", error) from error
+    photographs: NDArray[np.uint8] = np.rint(images * OLIVETTI_BRIGHTEST).astype(np.uint8)
+    return photographs
 
 
 @lru_cache(maxsize=1)
