@@ -28,7 +28,8 @@ from kfac_triton.tuning.problems import AUTOENCODERS, JUDGED, autoencoder, shuff
 from kfac_triton.tuning.trainer import Budget, train
 
 SCRIPT = Path(__file__).with_name("rival_kfac_jax.py")
-STEPS_A_SECOND = 40  # more batches than either needs are laid out
+# Neither side takes more steps in a second than these allow, so no run ends for want of batches.
+FLOPS_A_SECOND, STEPS_A_SECOND = 2e12, 2000
 POINTS = 12  # evaluations of a run
 GRID_SEED = 0
 
@@ -155,7 +156,9 @@ def _laid_out(options: Options, data: Path | None, folder: Path, seed: int) -> P
         model = autoencoder(recipe.widths)
         rows = torch.arange(len(images), dtype=torch.int32)
         stream = shuffled(rows, rows, recipe.batch)(seed)
-        order = np.stack([next(stream)[0].numpy() for _ in range(math.ceil(options.seconds * STEPS_A_SECOND))])
+        cost = 6 * recipe.batch * sum(p.numel() for p in model.parameters())
+        steps = math.ceil(options.seconds * min(STEPS_A_SECOND, FLOPS_A_SECOND / cost))
+        order = np.stack([next(stream)[0].numpy() for _ in range(steps)])
         layers = [layer for layer in model if isinstance(layer, torch.nn.Linear)]
         weights: dict[str, Any] = {f"weight_{i}": layer.weight.detach().numpy() for i, layer in enumerate(layers)}
         biases: dict[str, Any] = {f"bias_{i}": layer.bias.detach().numpy() for i, layer in enumerate(layers)}

@@ -44,7 +44,8 @@ class KFAC(torch.optim.Optimizer):
         lr: step length on V. A number or a 0-d tensor; V has the units of the parameters, so 1 is a full Newton step.
             "adaptive": from the quadratic model with exact Fisher products (Martens & Grosse 2015, section 6.4); the
             group's lr, 1 by default, multiplies it. A `kfac_triton.schedules.Schedule` sets the group's lr each step.
-        momentum: of the preconditioned steps; "adaptive": from the same model (section 7).
+        momentum: of the preconditioned steps; "adaptive": from the same model (section 7); beyond the paper it
+            is at most 1 in size, which batches of a few examples need.
         damping: added to eigenvalues of the Fisher of the mean nll, so it has that scale; or a `Schedule` of it.
             "adaptive": by the ratio of actual to predicted reduction every 5 steps, and a gamma of its own for the
             factors, searched for every 20 steps (sections 6.5 and 6.6); beyond the paper, the ratio on the next batch

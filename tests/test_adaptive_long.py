@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import resource
 from itertools import islice
-from statistics import median
 
 import pytest
 import torch
@@ -76,18 +75,16 @@ def trained(build, name: str, seed: int, steps: int, size: int) -> float:
         return float(F.cross_entropy(model(X), Y))
 
 
-@pytest.mark.parametrize("build", [resnet, Transformer])
-def test_small_batches_and_no_setting(build):
-    """300 steps of 64 examples, five seeds: none diverges, and the median ends below that of AdamW at 1e-3."""
-    ends = {name: [trained(build, name, seed, 300, 64) for seed in range(5)] for name in ("kfac", "adamw")}
-    assert max(ends["kfac"]) < 1.0
-    assert median(ends["kfac"]) < median(ends["adamw"])
-
-
 @pytest.mark.parametrize("seed", range(5))
-def test_very_small_batches_do_not_diverge(seed):
-    """Sixteen examples a step. Judged on its own batch alone the damping vanishes, and this ends above 1e4."""
-    assert trained(Transformer, "kfac", seed, 300, 16) < 1.0
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("build", [resnet, Transformer])
+def test_small_batches_and_no_setting(build, size, seed):
+    """300 steps: none of five seeds ends above AdamW at 1e-3.
+
+    Judged on its own batch of 16 alone the damping vanishes, and the transformer ends above 1e4; with a momentum that
+    is free one seed of either network ends above AdamW.
+    """
+    assert trained(build, "kfac", seed, 300, size) <= trained(build, "adamw", seed, 300, size)
 
 
 def test_twenty_thousand_steps_and_a_resumed_run(caplog):
