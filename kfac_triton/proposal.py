@@ -23,8 +23,8 @@ from kfac_triton.curvature import Curvature
 from kfac_triton.objective import Objective, moved
 from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
 
-# The last step of a few examples is mostly noise, and a longer one along it more so. With batches of 16 and no bound, one
-# of five seeds of a small ResNet and one of a transformer ended above AdamW; with this one none did.
+# The last step of a few examples is mostly noise, and a longer one along it more so. With batches of 16 and no bound,
+# one of five seeds of a small ResNet and one of a transformer ended above AdamW; with this one none did.
 MAX_MOMENTUM = 1.0
 
 Arguments = tuple[update.Plan, update.Hyper, update.Blocks, update.Fallback]
