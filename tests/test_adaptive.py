@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_triton import KFAC, objective, ops
+from kfac_triton import KFAC, objective, ops, proposal
 from kfac_triton.arguments import CALIBRATED_FROM
 from kfac_triton.curvature import Curvature
-from kfac_triton.proposal import MAX_MOMENTUM
 
 F64 = torch.float64
 EXACT = {"fisher": "exact", "factor_fraction": 1.0, "compile": False}
@@ -148,14 +147,17 @@ LOSSES = {
 FREE = {"both": ADAPTIVE, "lr": {"lr": "adaptive", "momentum": 0.5}, "momentum": {"lr": 0.2, "momentum": "adaptive"}}
 
 
+@pytest.mark.parametrize("most", [proposal.MAX_MOMENTUM, 0.05])
 @pytest.mark.parametrize("free", FREE)
 @pytest.mark.parametrize("likelihood", LOSSES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_step_is_the_dense_minimum_of_the_model(name, likelihood, free):
+def test_a_step_is_the_dense_minimum_of_the_model(name, likelihood, free, most, monkeypatch):
     """Delta by dense inverses, F by a dense Jacobian, the 2 x 2 system solved by torch.linalg; three steps.
 
-    The momentum is bounded, and with a step length too short for the model its bound is met.
+    The momentum is bounded: by 1, which is met where the step length is too short for the model; or by so little that
+    both meet it.
     """
+    monkeypatch.setattr(proposal, "MAX_MOMENTUM", most)
     scale, damping, eta = 0.7, 0.3, 0.05
     torch.manual_seed(0)
     model = NETWORKS[name]().double()
@@ -200,8 +202,8 @@ def test_a_step_is_the_dense_minimum_of_the_model(name, likelihood, free):
         unknown = [i for i in unknown if H[i, i] > 0]
         if unknown:
             w[unknown] = torch.linalg.solve(H[unknown][:, unknown], -(slope + H @ w)[unknown])
-        if 1 in unknown and w[1].abs() > MAX_MOMENTUM:  # then the minimum within the bound lies on it
-            w[1] = w[1].sign() * MAX_MOMENTUM
+        if 1 in unknown and w[1].abs() > most:  # then the minimum within the bound lies on it
+            w[1] = w[1].sign() * most
             w[0] = -(slope[0] + H[0, 1] * w[1] + H[0, 2]) / H[0, 0] if free == "both" else options["lr"]
         expected = {p: sum(c * d[p] for c, d in zip(w, directions, strict=True) if p in d) for p in moved}
         dense.assert_exact(flat(moved.values()), flat(expected.values()), 1e-8)
