@@ -1,39 +1,60 @@
 """Symmetric rank-n update of a running second moment: F <- beta F + alpha Xa^T Xa.
 
 Xa is X of shape (n, d), or [X, 1] with a ones column last when `bias`. F is (D, D), D = d + 1 with `bias` and d
-without; both may carry a leading batch axis B. The ones column is never stored: its row and column of F are the column
-sums of X, its corner is n.
+without; both may carry a leading batch axis B. X may have one more axis, of images (images, n, d), whose rows are all
+summed over: gradients of a convolution are such, with the positions of an image next to one another in memory. The
+ones column is never stored: its row and column of F are the column sums of X, its corner is the number of rows.
 
 Only the lower triangle is computed, and the upper one copied from it, so F is symmetric bit for bit. That takes
 n d (d + 1) floating-point operations, where a general product takes 2 n d^2; D^2 / 2 elements of F are read and D^2
 written, and the n d elements of X are read once for each tile of a row of tiles.
 
-One program of the kernel computes a square tile (i, j), i >= j, of one matrix of the batch and stores it twice, or one
-block of the border's column sums. No program reads what another one writes and every sum has one order, so the result
-never varies between runs.
+One program of the kernel computes a square tile (i, j), i >= j, of one matrix of a bucket and stores it twice, or one
+block of the border's column sums; where there are fewer tiles than multiprocessors and many rows, one part of that sum.
+The matrices of a launch share shapes and strides, and a table of addresses says where each one is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kfac_triton.kernels import dispatch, tiles
+from kfac_triton.kernels._ahead import compile_ahead
 from kfac_triton.kernels._launch import (
-    Tile,
-    compile_ahead,
+    HALF,
+    addresses,
+    aligned,
+    attempt,
+    buckets,
     device_of,
-    fitting,
-    float32_precision,
     jit,
-    largest_filling,
-    prefers_triton,
+    precision_of,
     register,
-    stages_here,
+    table_of,
     tl,
+    triton_dtype,
+    type_named,
+    with_scratch,
 )
+from kfac_triton.kernels._symmetric import (
+    part_of,
+    pointer,
+    reduce_kernel,
+    store_border,
+    store_border_part,
+    store_part,
+    store_tile,
+    triangle,
+    triangle_of,
+    weights,
+    workspace_for,
+)
+from kfac_triton.kernels.tiles import Choice, Tile
 
 # On the CPU the lower triangle goes in block columns. Two threads, float32, against one full product and the same
 # mirror, for (n, d): 2.7 against 3.1 ms at (64, 1001), 11.3 against 15.9 ms at (512, 1001), 76 against 118 ms at
@@ -46,11 +67,11 @@ def reference(F: Tensor, X: Tensor, alpha: Tensor, beta: Tensor, bias: bool) -> 
 
     F is symmetric on entry (its lower triangle is read); beta = 0 does not read it; alpha = 0 or n = 0 leaves beta F.
     """
+    X = _flat(X, F)
     a, b, (n, d) = float(alpha), float(beta), X.shape[-2:]
     if a == 0.0 or n == 0:
         _scale_(F, b)
         return
-    X = X.to(F.dtype)
     if F.ndim == 3 and d > REFERENCE_BLOCK:
         for core, rows in zip(F[:, :d, :d], X, strict=True):
             _lower_blocks_(core, rows, a, b)
@@ -64,6 +85,11 @@ def reference(F: Tensor, X: Tensor, alpha: Tensor, beta: Tensor, bias: bool) -> 
         F[..., :d, d] = border.add_(X.sum(-2), alpha=a)
         _scale_(corner, b)
         corner.add_(a * n)
+
+
+def _flat(X: Tensor, F: Tensor) -> Tensor:
+    """X in F's dtype, its images behind one another as rows."""
+    return (X.flatten(-3, -2) if X.ndim > F.ndim else X).to(F.dtype)
 
 
 def _lower_blocks_(F: Tensor, X: Tensor, alpha: float, beta: float) -> None:
@@ -91,8 +117,8 @@ def _scale_(F: Tensor, beta: float) -> None:
 
 def without_sync(F: Tensor, X: Tensor, alpha: Tensor, beta: Tensor, bias: bool) -> None:
     """`reference` with no decision on the host: `torch.where` chooses, so that a GPU's queue never drains."""
+    X = _flat(X, F)
     n, d = X.shape[-2:]
-    X = X.to(F.dtype)
     product = torch.zeros_like(F)
     torch.matmul(X.mT, X, out=product[..., :d, :d])  # autocast leaves out= alone
     if bias:
@@ -105,172 +131,334 @@ def without_sync(F: Tensor, X: Tensor, alpha: Tensor, beta: Tensor, bias: bool) 
 
 
 # Square tiles, largest first: they compile for sm_80, sm_90, sm_100 and gfx942 with no register spilled (a side of 128
-# needs eight warps, and in tf32x3 on sm_80 at most 16 terms at a time). No timing on a device stands behind them.
+# needs eight warps, and three TF32 products on sm_80 at most 16 terms at a time). `kfac-tune kernels` ranks them by
+# device and shape; where it has not, the largest one that fills the device serves.
 TILES = {
-    "half": (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 32, 4, 3)),
-    "float32": (Tile(128, 16, 8, 4), Tile(64, 32, 4, 3), Tile(32, 32, 2, 3)),
+    "half": (Tile(128, 64, 8, 3), Tile(64, 64, 4, 4), Tile(32, 64, 4, 3)),
+    "float32": (Tile(128, 16, 8, 4), Tile(64, 16, 4, 4), Tile(32, 32, 2, 3)),
+    # One TF32 product wants its operands transposed, which only a tensor descriptor does in whole rows (sm_90 and up).
+    "descriptors": (Tile(128, 32, 8, 3, True), Tile(64, 32, 4, 3, True), Tile(32, 32, 4, 3, True)),
 }
 
 
 @jit
-def _triangle(index):  # type: ignore[no-untyped-def]
-    """Row and column (i, j), i >= j, of the index-th tile of a lower triangle counted row by row.
-
-    The root in float32 is off by one at most; integers settle it.
-    """
-    i = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > index, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= index, i + 1, i)
-    return i, index - i * (i + 1) // 2
-
-
-@jit
-def _tile(  # type: ignore[no-untyped-def]
-    F, X, i, j, a, b, rows, d, F_row, X_row, X_col, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
-):
-    """F[i, j] and F[j, i] <- b F[i, j] + a X[:rows, i]^T X[:rows, j], in tiles."""
+def _product(  # type: ignore[no-untyped-def]
+    X, i, j, first, last, steps, n, d, X_image, X_row, X_col,
+    IMAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X[rows, i]^T X[rows, j] in tiles, over the steps first <= step < last of BLOCK_K rows; an image has `steps`."""
     at_i = i * BLOCK + tl.arange(0, BLOCK)
     at_j = j * BLOCK + tl.arange(0, BLOCK)
     at_k = tl.arange(0, BLOCK_K)
-    step = tl.full((), BLOCK_K, tl.int64) * X_row
     X_i = X + at_k.to(tl.int64)[:, None] * X_row + at_i.to(tl.int64)[None, :] * X_col
     X_j = X + at_k.to(tl.int64)[:, None] * X_row + at_j.to(tl.int64)[None, :] * X_col
     product = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
-    for start in tl.range(0, rows, BLOCK_K):
-        here = at_k[:, None] < rows - start
-        x_i = tl.load(X_i, mask=here & (at_i[None, :] < d), other=0.0)
-        x_j = tl.load(X_j, mask=here & (at_j[None, :] < d), other=0.0)
+    for step in tl.range(first, last):
+        start, offset = _start(step, steps, X_image, X_row, IMAGES, BLOCK_K)
+        here = at_k[:, None] < n - start
+        x_i = tl.load(X_i + offset, mask=here & (at_i[None, :] < d), other=0.0)
+        x_j = tl.load(X_j + offset, mask=here & (at_j[None, :] < d), other=0.0)
         product = tl.dot(tl.trans(x_i), x_j, product, input_precision=PRECISION)
-        X_i += step
-        X_j += step
-
-    inside = (at_i[:, None] < d) & (at_j[None, :] < d)
-    lower = F + at_i.to(tl.int64)[:, None] * F_row + at_j[None, :]
-    readable = at_i[:, None] < tl.where(b == 0.0, 0, d)
-    new = a * product + b * tl.load(lower, mask=inside & readable, other=0.0)
-    if i == j:
-        # tf32x3 adds two cross terms in an order that a transposition swaps, so a diagonal tile is mirrored too.
-        tl.store(lower, tl.where(at_i[:, None] >= at_j[None, :], new, tl.trans(new)), mask=inside)
-    else:
-        tl.store(lower, new, mask=inside)
-        upper = F + at_j.to(tl.int64)[:, None] * F_row + at_i[None, :]
-        tl.store(upper, tl.trans(new), mask=(at_j[:, None] < d) & (at_i[None, :] < d))
+    return product
 
 
 @jit
-def _border(  # type: ignore[no-untyped-def]
-    F, X, i, a, b, rows, d, F_row, X_row, X_col, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """F[d, i] and F[:, d] <- b F[d, i] + a (column sums of X[:rows, i]); the first block adds the corner F[d, d]."""
-    at_i = (i * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    at_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    step = tl.full((), BLOCK_K, tl.int64) * X_row
-    X_i = X + at_k[:, None] * X_row + at_i[None, :] * X_col
-    sums = tl.zeros((BLOCK_K, BLOCK), dtype=tl.float32)
-    for start in tl.range(0, rows, BLOCK_K):
-        sums += tl.load(X_i, mask=(at_k[:, None] < rows - start) & (at_i[None, :] < d), other=0.0).to(tl.float32)
-        X_i += step
+def _start(step, steps, X_image, X_row, IMAGES: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first row of a step, in its image, and the offset of that row in X."""
+    zero = tl.full((), 0, tl.int64)
+    if IMAGES:
+        start = step % steps * BLOCK_K
+        return start, (zero + step // steps) * X_image + (zero + start) * X_row
+    return step * BLOCK_K, (zero + step * BLOCK_K) * X_row
 
-    inside = at_i < d
-    last_row = F + tl.full((), 1, tl.int64) * d * F_row
-    new = a * tl.sum(sums, axis=0)
-    corner = a * rows
-    if b != 0.0:
-        new += b * tl.load(last_row + at_i, mask=inside, other=0.0)
-        corner += b * tl.load(last_row + d)
-    tl.store(last_row + at_i, new, mask=inside)
-    tl.store(F + at_i * F_row + d, new, mask=inside)
-    if i == 0:
-        tl.store(last_row + d, corner)
+
+@jit
+def _product_by_descriptors(  # type: ignore[no-untyped-def]
+    X, i, j, first, last, n, d, X_row, X_col,
+    ROWS_MAJOR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same for one image, loaded by descriptors, which put zeros beyond its edges."""
+    product = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    if ROWS_MAJOR:
+        by_rows = tl.make_tensor_descriptor(X, [n, d], [tl.full((), 1, tl.int64) * X_row, 1], [BLOCK_K, BLOCK])
+        for step in tl.range(first, last):
+            x_i = by_rows.load([step * BLOCK_K, i * BLOCK])
+            x_j = by_rows.load([step * BLOCK_K, j * BLOCK])
+            product = tl.dot(tl.trans(x_i), x_j, product, input_precision=PRECISION)
+    else:
+        by_columns = tl.make_tensor_descriptor(X, [d, n], [tl.full((), 1, tl.int64) * X_col, 1], [BLOCK, BLOCK_K])
+        for step in tl.range(first, last):
+            x_i = by_columns.load([i * BLOCK, step * BLOCK_K])
+            x_j = by_columns.load([j * BLOCK, step * BLOCK_K])
+            product = tl.dot(x_i, tl.trans(x_j), product, input_precision=PRECISION)
+    return product
+
+
+@jit
+def _column_sums(  # type: ignore[no-untyped-def]
+    X, i, first, last, steps, n, d, X_image, X_row, X_col,
+    IMAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums of X[rows, i] over the rows of those steps."""
+    at_i = i * BLOCK + tl.arange(0, BLOCK)
+    at_k = tl.arange(0, BLOCK_K)
+    X_i = X + at_k.to(tl.int64)[:, None] * X_row + at_i.to(tl.int64)[None, :] * X_col
+    sums = tl.zeros((BLOCK_K, BLOCK), dtype=tl.float32)
+    for step in tl.range(first, last):
+        start, offset = _start(step, steps, X_image, X_row, IMAGES, BLOCK_K)
+        inside = (at_k[:, None] < n - start) & (at_i[None, :] < d)
+        sums += tl.load(X_i + offset, mask=inside, other=0.0).to(tl.float32)
+    return tl.sum(sums, axis=0)
 
 
 @jit
 def syrk_kernel(  # type: ignore[no-untyped-def]
-    F, X, alpha, beta, n, d, F_batch, F_row, X_batch, X_row, X_col,
-    BIAS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    table, workspace, count, parts, images, n, d, F_row, X_image, X_row, X_col,
+    BIAS: tl.constexpr, IMAGES: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    ROWS_MAJOR: tl.constexpr, UNIT: tl.constexpr, INPUT: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+    F_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """F <- beta F + alpha Xa^T Xa for F (B, D, D), float32 with strides (F_batch, F_row, 1), X (B, n, d), any strides.
+    """F_e <- beta_e F_e + alpha_e sum over images of Xa^T Xa, for e < count.
 
-    alpha and beta point at scalars. The grid has B x (T (T + 1) / 2 tiles, then T border blocks when BIAS) programs,
-    T = ceil(d / BLOCK).
+    table (4, count) int64 holds the addresses of F (D, D) float32 with strides (F_row, 1), X (images, n, d) of type
+    INPUT with strides (X_image, X_row, X_col), and the scalars alpha and beta. The grid has count x parts x (T (T + 1)
+    / 2 tiles, then T border blocks when BIAS) programs, T = ceil(d / BLOCK). With SPLIT each part of the sum goes to
+    `workspace`, and `reduce_kernel` follows. IMAGES: there is more than one. ROWS_MAJOR: X_col is 1.
+
+    UNIT elements are 16 bytes, and X_image, X_row and d (or, where X_row is 1, X_col and n) count UNITs: so the
+    compiler knows what they are divisible by. Where they are not, UNIT is 1.
     """
+    X_image *= UNIT
+    if ROWS_MAJOR:
+        X_row *= UNIT
+        d *= UNIT
+    else:
+        X_col *= UNIT
+        n *= UNIT
     side = tl.cdiv(d, BLOCK)
     tiles = side * (side + 1) // 2
     programs = tiles + side if BIAS else tiles
     index = tl.program_id(0) % programs
-    batch = (tl.program_id(0) // programs).to(tl.int64)
-    F += batch * F_batch
-    X += batch * X_batch
-    a = tl.load(alpha).to(tl.float32)
-    b = tl.load(beta).to(tl.float32)
-    rows = tl.where(a == 0.0, 0, n)  # alpha = 0 reads no row of X, so nothing in it can spread
+    part = tl.program_id(0) // programs % parts
+    entry = tl.program_id(0) // programs // parts
+    F = pointer(table, 0, count, entry, tl.float32, F_ALIGNED)
+    X = pointer(table, 1, count, entry, INPUT, UNIT > 1)
+    a, b = weights(table, count, entry, ALPHA, BETA)
+    steps = tl.cdiv(n, BLOCK_K)
+    present = tl.where(a == 0.0, 0, images * steps)  # alpha = 0 reads no row of X, so nothing in it can spread
+    first, last = part_of(present, part, parts)
     if index < tiles:
-        i, j = _triangle(index)
-        _tile(F, X, i, j, a, b, rows, d, F_row, X_row, X_col, BLOCK, BLOCK_K, PRECISION)
+        i, j = triangle(index)
+        if DESCRIPTORS:
+            product = _product_by_descriptors(
+                X, i, j, first, last, n, d, X_row, X_col, ROWS_MAJOR, BLOCK, BLOCK_K, PRECISION
+            )
+        else:
+            product = _product(
+                X, i, j, first, last, steps, n, d, X_image, X_row, X_col, IMAGES, BLOCK, BLOCK_K, PRECISION
+            )
+        if SPLIT:
+            store_part(workspace, entry, part, parts, index, programs, product, BLOCK)
+        else:
+            store_tile(F, i, j, d, F_row, product, a, b, BLOCK)
     elif BIAS:
-        _border(F, X, index - tiles, a, b, rows, d, F_row, X_row, X_col, BLOCK, BLOCK_K)
+        sums = _column_sums(X, index - tiles, first, last, steps, n, d, X_image, X_row, X_col, IMAGES, BLOCK, BLOCK_K)
+        if SPLIT:
+            store_border_part(workspace, entry, part, parts, index, programs, sums, BLOCK)
+        else:
+            store_border(F, index - tiles, d, F_row, sums, images * n, a, b, BLOCK)
 
 
-def _programs(batch: int, d: int, bias: bool, block: int) -> int:
-    side = -(-d // block)
-    return batch * (side * (side + 1) // 2 + (side if bias else 0))
+class Entry(NamedTuple):
+    """One average: F (D, D) or (B, D, D), X with one axis more where there are images."""
+
+    F: Tensor
+    X: Tensor
+    alpha: Tensor
+    beta: Tensor
+    bias: bool
 
 
-def _tiles(X: Tensor) -> Sequence[Tile]:
-    """What X may use: where its rows are not contiguous, addresses take too many registers for the largest tile."""
-    tiles = TILES["half" if X.dtype in (torch.float16, torch.bfloat16) else "float32"]
-    return tiles if X.stride(-1) == 1 else tiles[1:]
+def entries(
+    F: Sequence[Tensor], X: Sequence[Tensor], alpha: Sequence[Tensor], beta: Sequence[Tensor], bias: Sequence[bool]
+) -> list[Entry]:
+    """The lists' entries; raises ValueError where two write the same memory, which no order of theirs would survive."""
+    first: dict[int, int] = {}
+    for i, f in enumerate(F):
+        if f.numel() and first.setdefault(f.data_ptr(), i) != i:
+            raise ValueError(f"F[{i}] starts at the address of F[{first[f.data_ptr()]}]; allowed: each once in a call")
+    return [Entry(*entry) for entry in zip(F, X, alpha, beta, bias, strict=True)]
 
 
-def _choose(F: Tensor, X: Tensor) -> tuple[Tile, bool]:
-    batch, d = F[..., 0, 0].numel(), X.shape[-1]
-    return largest_filling(fitting(_tiles(X), d), lambda tile: _programs(batch, d, False, tile.block), F.device)
+def _key(entry: Entry) -> Hashable:
+    F, X, alpha, beta, bias = entry
+    return F.shape, F.stride(), F.dtype, X.shape, X.stride(), X.dtype, alpha.dtype, beta.dtype, bias
 
 
-def launch(
-    F: Tensor,
-    X: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    bias: bool,
-    *,
-    tile: Tile | None = None,
-    precision: str | None = None,
-) -> None:
-    """Runs the kernel on a float32 F."""
-    if X.dtype == torch.float64:
-        X = X.to(F.dtype)
-    tile = _choose(F, X)[0] if tile is None else tile
-    precision = precision or (float32_precision() if X.dtype == torch.float32 else "ieee")
-    F, X = (F.unsqueeze(0), X.unsqueeze(0)) if F.ndim == 2 else (F, X)
-    batch, n, d = X.shape
-    if batch == 0:
+def _as_images(X: Tensor, F: Tensor) -> Tensor:
+    return X if X.ndim > F.ndim else X.unsqueeze(-3)
+
+
+def _programs(d: int, bias: bool, block: int) -> int:
+    return triangle_of(d, block) + (-(-d // block) if bias else 0)
+
+
+def allowed_tiles(X: Tensor, precision: str) -> Sequence[Tile]:
+    """What X, with its images, may use, of `TILES`."""
+    if precision == "tf32" and takes_descriptors(X):
+        return TILES["descriptors"]
+    tiles = TILES["half" if X.dtype in HALF else "float32"]
+    return tiles if X.stride(-1) == 1 else tiles[1:]  # addresses of columns apart take too many registers
+
+
+def _rows_major(X: Tensor) -> bool:
+    return X.stride(-1) == 1 or X.stride(-2) != 1
+
+
+def unit_of(Xs: Sequence[Tensor]) -> int:
+    """Elements in 16 bytes, where all addresses, strides and the contiguous size of X (..., images, n, d) are whole
+    multiples of that, else 1.
+    """
+    X = Xs[0]
+    unit = 16 // X.element_size()
+    near, far = (-1, -2) if _rows_major(X) else (-2, -1)
+    whole = X.stride(near) == 1 and X.shape[near] % unit == 0
+    apart = [X.stride(axis) for axis in range(X.ndim) if axis != X.ndim + near and X.shape[axis] > 1]
+    whole &= all(stride % unit == 0 for stride in (*apart, X.stride(far)))
+    return unit if whole and aligned([x.data_ptr() for x in Xs]) else 1
+
+
+def _in_units(X: Tensor, unit: int) -> list[int]:
+    """n, d, and the strides of images, rows and columns, as `syrk_kernel` counts them."""
+    image = X.stride(-3) if X.shape[-3] > 1 else 0
+    if _rows_major(X):
+        return [X.shape[-2], X.shape[-1] // unit, image // unit, X.stride(-2) // unit, X.stride(-1)]
+    return [X.shape[-2] // unit, X.shape[-1], image // unit, X.stride(-2), X.stride(-1) // unit]
+
+
+def takes_descriptors(X: Tensor) -> bool:
+    """Whether the TMA unit can load X: sm_90 and later, one image, rows (or columns) that begin at 16 bytes."""
+    if X.is_cuda and (torch.version.hip is not None or torch.cuda.get_device_capability(X.device)[0] < 9):
+        return False
+    return X.shape[-3] == 1 and unit_of([X]) > 1
+
+
+def choose(F: Tensor, X: Tensor, count: int, precision: str) -> Choice:
+    """The tile for `count` matrices like F, and the parts of the sum; X has images."""
+    images, n, d = X.shape[-3:]
+    allowed = allowed_tiles(X, precision)
+    descriptors, largest = takes_descriptors(X), allowed[0].block
+    key = tiles.Key("syrk", str(X.dtype).removeprefix("torch."), precision)
+    found = tiles.tabled(
+        key, (count, images * n, d), F.device, lambda t: t.block <= largest and (descriptors or not t.descriptors)
+    )
+    if found is not None:
+        parts = tiles.clipped_parts(found.parts, found.tile, count * _programs(d, False, found.tile.block), n)
+        return Choice(found.tile, min(parts, max(1, images * -(-n // found.tile.block_k) // tiles.LEAST_STEPS)))
+    return tiles.filling(
+        tiles.fitting(allowed, d),
+        lambda tile: count * _programs(d, False, tile.block),
+        F.device,
+        lambda tile: images * -(-n // tile.block_k),
+    )
+
+
+def launch(bucket: Sequence[Entry], *, choice: Choice | None = None, precision: str | None = None) -> None:
+    """Runs the kernel on equal entries with a float32 F."""
+    F, _, alpha, beta, bias = bucket[0]
+    Xs = [_as_images(e.X.to(F.dtype) if e.X.dtype == torch.float64 else e.X, F) for e in bucket]
+    X = Xs[0]
+    images, n, d = X.shape[-3:]
+    unit = unit_of(Xs)
+    sizes = _in_units(X, unit)
+    batch = F.shape[0] if F.ndim > 2 else 1
+    count = len(bucket) * batch
+    if count == 0:
         return
-    with device_of(F):
-        syrk_kernel[(_programs(batch, d, bias, tile.block),)](
-            F, X, alpha, beta, n, d, *F.stride()[:2], *X.stride(),
-            BIAS=bias, BLOCK=tile.block, BLOCK_K=tile.block_k, PRECISION=precision,
-            num_warps=tile.warps, num_stages=stages_here(tile),
+    precision = precision_of(X.dtype, precision)
+    tile, parts = choice or choose(F, X, count, precision)
+    if precision == "tf32" and not tile.descriptors and dispatch.tf32_needs_descriptors(F.device):
+        precision = "tf32x3"
+    rows = [addresses([e.F for e in bucket]), addresses(Xs, axes=3)]
+    rows += [[getattr(e, name).data_ptr() for e in bucket for _ in range(batch)] for name in ("alpha", "beta")]
+    table = table_of(rows, F.device)
+    programs = _programs(d, bias, tile.block)
+    workspace = workspace_for(count, parts, programs, tile.block, F.device)
+    types = {"ALPHA": triton_dtype(alpha.dtype), "BETA": triton_dtype(beta.dtype)}
+
+    def run() -> None:
+        syrk_kernel[(count * parts * programs,)](
+            table, workspace, count, parts, images, *sizes[:2], F.stride(-2), *sizes[2:],
+            BIAS=bias, IMAGES=images > 1, SPLIT=parts > 1, DESCRIPTORS=tile.descriptors,
+            ROWS_MAJOR=_rows_major(X), UNIT=unit, INPUT=triton_dtype(X.dtype), F_ALIGNED=aligned(rows[0]), **types,
+            BLOCK=tile.block, BLOCK_K=tile.block_k, PRECISION=precision, **tiles.options(tile),
         )  # fmt: skip
+        if parts > 1:
+            reduce_kernel[(count * programs,)](
+                table, workspace, count, parts, images * n, d, F.stride(-2),
+                BIAS=bias, ALIGNED=aligned(rows[0]), **types, BLOCK=tile.block, num_warps=tile.warps,
+            )  # fmt: skip
+
+    with device_of(F.device):
+        if tile.descriptors:
+            with_scratch(run, F.device)
+        else:
+            run()
 
 
 def ahead_of_time(
-    target: Any, dtype: str, tile: Tile, stages: int, precision: str, bias: bool, unit_stride: str | None = "X_col"
-) -> Any:
+    target: Any, dtype: str, tile: Tile, stages: int, precision: str, bias: bool = True,
+    unit_stride: str | None = "X_col", split: bool = False, images: bool = False,
+) -> Any:  # fmt: skip
     """The kernel compiled for a `GPUTarget`; `dtype` is Triton's name for X's, `unit_stride` names X's stride of 1."""
-    types = {"F": "*fp32", "X": f"*{dtype}", "alpha": "*fp32", "beta": "*fp32"}
-    types |= dict.fromkeys(("n", "d", "F_batch", "F_row", "X_batch", "X_row", "X_col"), "i32")
-    constants = {"BIAS": bias, "BLOCK": tile.block, "BLOCK_K": tile.block_k, "PRECISION": precision}
+    types = {"table": "*i64", "workspace": "*fp32"}
+    types |= dict.fromkeys(("count", "parts", "images", "n", "d", "F_row", "X_image", "X_row", "X_col"), "i32")
+    constants: dict[str, Any] = {
+        "BIAS": bias,
+        "IMAGES": images,
+        "SPLIT": split,
+        "DESCRIPTORS": tile.descriptors,
+        "F_ALIGNED": True,
+    }
+    constants |= {"ROWS_MAJOR": unit_stride != "X_row", "INPUT": type_named(dtype)}
+    constants |= {"UNIT": 1 if unit_stride is None else 4 if dtype == "fp32" else 8}
+    constants |= {"ALPHA": tl.float32, "BETA": tl.float32}
+    constants |= {"BLOCK": tile.block, "BLOCK_K": tile.block_k, "PRECISION": precision}
     constants |= {unit_stride: 1} if unit_stride else {}
     return compile_ahead(syrk_kernel, types, constants, target, tile.warps, stages)
 
 
-def _on_gpu(F: Tensor, X: Tensor, alpha: Tensor, beta: Tensor, bias: bool) -> None:
-    # Without a split of the sum over n, a matrix with fewer tiles than multiprocessors leaves some of them idle.
-    if F.dtype == torch.float32 and prefers_triton(default=_choose(F, X)[1]):
-        launch(F, X, alpha, beta, bias)
-    else:
-        without_sync(F, X, alpha, beta, bias)
+def _rule(entry: Entry, count: int, precision: str) -> bool:
+    X = _as_images(entry.X, entry.F)
+    rows = X.shape[-3] * X.shape[-2]
+    return dispatch.syrk(X.dtype, rows, X.shape[-1], count, unit_of([X]) > 1, precision, entry.F.device)
 
 
-register("syrk_", "(Tensor(a!) F, Tensor X, Tensor alpha, Tensor beta, bool bias) -> ()", cpu=reference, cuda=_on_gpu)
+def run(
+    F: list[Tensor], X: list[Tensor], alpha: list[Tensor], beta: list[Tensor], bias: list[bool],
+    precision: str | None = None, backend: str | None = None,
+) -> None:  # fmt: skip
+    """The operator on every device: bucket by bucket the kernel, or torch."""
+    for bucket in buckets(entries(F, X, alpha, beta, bias), _key):
+        first = bucket[0]
+        count = len(bucket) * (first.F.shape[0] if first.F.ndim > 2 else 1)
+        rule = _rule(first, count, precision_of(first.X.dtype, precision))
+        wanted = dispatch.takes_triton(rule, first.F.device, backend)
+        if wanted and first.F.dtype == torch.float32:
+            attempt("syrk", tuple(first.X.shape), first.F.device, partial(launch, bucket, precision=precision),
+                    partial(_torch, bucket))  # fmt: skip
+        else:
+            _torch(bucket)
+
+
+def _torch(bucket: Sequence[Entry]) -> None:
+    for entry in bucket:
+        (without_sync if entry.F.is_cuda else reference)(*entry)
+
+
+register(
+    "syrk_",
+    "(Tensor(a!)[] F, Tensor[] X, Tensor[] alpha, Tensor[] beta, bool[] bias, str? precision=None, str? backend=None)"
+    " -> ()",
+    run,
+)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from kfac_triton import ops
 from kfac_triton.approximations import tridiagonal
 from kfac_triton.curvature import Block
 from kfac_triton.update import Blocks, Fallback, Hyper, LayerPlan, Plan, Scalar
@@ -27,6 +28,7 @@ def assemble(
     ready = {w: b for w, b in blocks.items() if w in with_grad and "A_inv" in optimizer.state[w]}
     momentum = any(group["momentum"] != 0 or group["adaptive_damping"] for group in groups)
     plans, tensors, taken = [], Blocks(), set()
+    fused = ops.fuses(finite.device)
     linked = any("chain" in optimizer.state[w] for w in ready)
     if linked:
         ready = _chained(optimizer, ready, blocks, tensors)
@@ -34,7 +36,8 @@ def assemble(
         has_grad = block.bias is not None and block.bias in with_grad
         bias_group = group_of[id(block.bias)] if has_grad else group_of[id(weight)]
         plans.append(LayerPlan(block.layout, group_of[id(weight)], bias_group, has_grad))
-        _add_block(tensors, optimizer, weight, block.bias if has_grad else None, momentum)
+        whole = fused and not linked and not (block.layout.diagonal_A or block.layout.diagonal_G)
+        _add_block(tensors, optimizer, weight, block.bias if has_grad else None, momentum, whole)
         taken |= {weight, block.bias}
     rest = [p for p in parameters if p not in taken]
     fallback = Fallback()
@@ -48,6 +51,7 @@ def assemble(
         weight_decay=any(group["weight_decay"] != 0 for group in groups),
         chain=bool(ready) and linked,
         bf16=precision == "bf16" or (precision == "auto" and bool(groups[0].get("bf16"))),
+        fused=fused,
         gated=finite.device.type != "cpu" or getattr(optimizer, "grad_scale", None) is not None,
     )
     return plan, _hyper(optimizer, parameters, unscale, finite), tensors, fallback
@@ -69,11 +73,19 @@ def _chained(
 
 
 def _add_block(
-    tensors: Blocks, optimizer: torch.optim.Optimizer, weight: nn.Parameter, bias: nn.Parameter | None, momentum: bool
+    tensors: Blocks,
+    optimizer: torch.optim.Optimizer,
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    momentum: bool,
+    whole: bool,
 ) -> None:
+    """Adds a block's tensors; `whole`: its inverses with the zeros around them that kernels want."""
     state = optimizer.state[weight]
-    tensors.A_inv.append(state["A_inv"])
-    tensors.G_inv.append(state["G_inv"])
+    for name, inverses in (("A_inv", tensors.A_inv), ("G_inv", tensors.G_inv)):
+        if whole:
+            state[name] = ops.padded(state[name])
+        inverses.append(ops.whole(state[name]) if whole else state[name])
     for p, values, grads, buffers in (
         (weight, tensors.weights, tensors.weight_grads, tensors.weight_buffers),
         (bias, tensors.biases, tensors.bias_grads, tensors.bias_buffers),

@@ -238,6 +238,9 @@ class Recorded:
     def g(self, dy: Tensor) -> Tensor:
         return self.use.g(dy.reshape(self.shape))
 
+    def g_by_images(self, dy: Tensor) -> Tensor:
+        return self.use.g_by_images(dy.reshape(self.shape))
+
 
 @dataclass
 class Uses:

@@ -134,10 +134,11 @@ class Curvature:
         finite = torch.isfinite(torch.stack([torch.stack(s.magnitudes()).sum() for s in statistics.values()]))
         usable = finite & torch.stack([s.present() for s in statistics.values()])
         distributed.all_agree_(usable)
+        updates = []
         for (weight, own), ok in zip(statistics.items(), usable.unbind(), strict=True):
             self._adopt(weight, own.layout, own.bias, state)
-            decay = group_of(weight)["factor_decay"]
-            kronecker.update_factors(state[weight], own, decay, ok, at_once=distributed.active())
+            updates.append(kronecker.FactorUpdate(state[weight], own, group_of(weight)["factor_decay"], ok))
+        kronecker.update_factors(updates, at_once=distributed.active())
         if self.settings.approximation == "tridiagonal" and list(statistics) == self._chain:
             decay = group_of(next(iter(statistics)))["factor_decay"]
             tridiagonal.update_cross_moments(
@@ -151,17 +152,19 @@ class Curvature:
 
     def update_inverses(self, state: State, group_of: GroupOf, *, all_of_them: bool = False) -> None:
         """Refreshes the inverses of every block whose group is due, or of `all_of_them`."""
-        refreshed = False
+        due = {}
         for weight, block in self.blocks.items():
             group, stored = group_of(weight), state[weight]
-            due = all_of_them or "A_inv" not in stored or inverse_due(group["step"], group["inverse_interval"])
-            if due and not kronecker.update_inverses(stored, block.layout, factored_damping(group)):
-                instead = "its last inverse stays" if "A_inv" in stored else "it takes AdamW steps until it has one"
+            if all_of_them or "A_inv" not in stored or inverse_due(group["step"], group["inverse_interval"]):
+                due[weight] = kronecker.Refresh(stored, block.layout, factored_damping(group))
+        for weight, done in zip(due, kronecker.update_inverses(list(due.values())), strict=True):
+            if not done:
+                held = "A_inv" in state[weight]
+                instead = "its last inverse stays" if held else "it takes AdamW steps until it has one"
                 self._warn_once(
                     weight, f"its factors have no finite inverse, in double precision and damped more either; {instead}"
                 )
-            refreshed |= due
-        if refreshed and self.settings.approximation == "tridiagonal":
+        if due and self.settings.approximation == "tridiagonal":
             layouts = {w: b.layout for w, b in self.blocks.items()}
             tridiagonal.update_links(state, layouts, {w: factored_damping(group_of(w)) for w in self.blocks})
 

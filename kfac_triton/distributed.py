@@ -25,10 +25,13 @@ def average_(tensors: list[Tensor]) -> None:
     """Replaces every tensor by its mean over the ranks, which must all call this with tensors of the same shapes."""
     if not active():
         return
-    handles = [dist.all_reduce(t, async_op=True) for t in tensors]
-    for t, handle in zip(tensors, handles, strict=True):
+    sent = [t.contiguous() for t in tensors]  # collectives take no rows that lie apart
+    handles = [dist.all_reduce(t, async_op=True) for t in sent]
+    for t, summed, handle in zip(tensors, sent, handles, strict=True):
         handle.wait()
-        t.div_(dist.get_world_size())
+        summed.div_(dist.get_world_size())
+        if summed is not t:
+            t.copy_(summed)
 
 
 def common(flags: list[bool], device: torch.device) -> list[bool]:

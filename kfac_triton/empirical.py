@@ -20,6 +20,7 @@ from kfac_triton.arguments import Settings
 from kfac_triton.blocks.layout import Layout
 from kfac_triton.blocks.use import Use
 from kfac_triton.capture import Inputs, ModuleTaps, Recorded, bare_pass, module_use
+from kfac_triton.factors import Accumulation
 from kfac_triton.fisher import SeenUse, counted_terms, recorded_forward, tensor_of_outputs
 from kfac_triton.likelihoods import Categorical
 from kfac_triton.statistics import limited, weight_statistics
@@ -132,8 +133,12 @@ class EmpiricalSums:
             masked=self._settings.mask is not None,
         )
         one, layout = self._one, sums.layout
-        factors.accumulate_(sums.A, rows.a, one, one, bias=rows.ones, diagonal=layout.diagonal_A)
-        factors.accumulate_(into, rows.g, one, one, bias=False, diagonal=layout.diagonal_G)
+        factors.accumulate_(
+            [
+                Accumulation(sums.A, rows.a, one, one, rows.ones, layout.diagonal_A),
+                Accumulation(into, rows.g, one, one, False, layout.diagonal_G),
+            ]
+        )
         sums.rows.add_(rows.rows)
 
     def take(self, kept: list[Inputs], unscale: float | Tensor) -> dict[nn.Parameter, Statistics]:

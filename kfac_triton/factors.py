@@ -6,12 +6,18 @@ of a grouped convolution.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kfac_triton import ops
+from kfac_triton.ops import Patches, Rows
 
 _ESCALATIONS = 6
+CONVERGED = 1e-2  # ||I - M X||_F of an iterated inverse: at most one percent off in any direction
 
 
 def average_weights(k: Tensor, decay: float, ok: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,16 +31,59 @@ def average_weights(k: Tensor, decay: float, ok: Tensor) -> tuple[Tensor, Tensor
     return beta, 1 - beta
 
 
-def accumulate_(F: Tensor, rows: list[Tensor], alpha: Tensor, beta: Tensor, *, bias: bool, diagonal: bool) -> None:
+class Accumulation(NamedTuple):
     """F <- beta F + alpha * sum over the row matrices X of X^T X; with `bias`, of [X, 1]^T [X, 1].
 
-    F (..., d, d), or (..., d) when `diagonal`; every X (..., n, d); alpha and beta 0-d.
+    F (..., d, d), or (..., d) when `diagonal`; every X (..., n, d), or with an axis of images before n; alpha and beta
+    0-d.
     """
-    for X in rows:
-        if diagonal:
-            _accumulate_diagonal_(F, X, alpha, beta, bias)
-        else:
-            ops.syrk_(F, X, alpha, beta, bias=bias)
+
+    F: Tensor
+    rows: Sequence[Rows]
+    alpha: Tensor
+    beta: Tensor
+    bias: bool
+    diagonal: bool
+
+
+def accumulate_(averages: Sequence[Accumulation]) -> None:
+    """Updates many averages, each of another F: one operator for the first matrices of all, one for the second, ..."""
+    for average in averages:
+        if average.diagonal:
+            _accumulate_diagonals_(average)
+    dense = [average for average in averages if not average.diagonal]
+    for first, matrices in enumerate(zip_longest(*(average.rows for average in dense))):
+        present = [(average, X) for average, X in zip(dense, matrices, strict=True) if X is not None]
+        written: list[tuple[Accumulation, Rows]] = [(average, X) for average, X in present if isinstance(X, Tensor)]
+        unwritten: list[tuple[Accumulation, Rows]] = [(average, X) for average, X in present if isinstance(X, Patches)]
+        _call(ops.syrk_, written, first == 0)
+        _call(ops.conv_syrk_, unwritten, first == 0)
+
+
+def _call(operator: Callable[..., None], updates: Sequence[tuple[Accumulation, Rows]], first: bool) -> None:
+    if updates:
+        operator(
+            [average.F for average, _ in updates],
+            [X for _, X in updates],
+            [average.alpha for average, _ in updates],
+            [average.beta if first else torch.ones_like(average.beta) for average, _ in updates],
+            bias=[average.bias for average, _ in updates],
+        )
+
+
+def rows_in(X: Rows, factor_axes: int) -> int:
+    """How many rows a matrix of `Accumulation` has; `factor_axes` are those of its dense F."""
+    if isinstance(X, Patches):
+        return X.count()
+    return int(X.shape[-2]) * (int(X.shape[-3]) if X.dim() > factor_axes else 1)
+
+
+def _accumulate_diagonals_(average: Accumulation) -> None:
+    beta = average.beta
+    for X in average.rows:
+        rows = X.rows() if isinstance(X, Patches) else X
+        rows = rows.flatten(-3, -2) if rows.dim() > average.F.dim() + 1 else rows
+        _accumulate_diagonal_(average.F, rows, average.alpha, beta, average.bias)
         beta = torch.ones_like(beta)
 
 
@@ -63,6 +112,28 @@ def damped_factors(A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Tenso
     return A, G
 
 
+class Pair(NamedTuple):
+    """The factors of one weight, to be inverted with `damping`; `last` their inverses before, where there are any."""
+
+    A: Tensor
+    G: Tensor
+    damping: float | Tensor
+    diagonal_A: bool = False
+    diagonal_G: bool = False
+    last: tuple[Tensor, Tensor] | None = None
+
+
+class _Side(NamedTuple):
+    """scale F + d I, to be inverted, and then multiplied by scale."""
+
+    F: Tensor
+    scale: Tensor
+    present: Tensor
+    d: Tensor
+    diagonal: bool
+    last: Tensor | None
+
+
 def damped_inverses(
     A: Tensor, G: Tensor, damping: float | Tensor, *, diagonal_A: bool = False, diagonal_G: bool = False
 ) -> tuple[Tensor, Tensor] | None:
@@ -79,19 +150,65 @@ def damped_inverses(
     Returns:
         A_inv and G_inv in the factors' shapes, or None where the escalation found no finite inverse.
     """
+    return all_damped_inverses([Pair(A, G, damping, diagonal_A, diagonal_G)])[0]
+
+
+def all_damped_inverses(pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor] | None]:
+    """`damped_inverses` of many weights.
+
+    Where `ops.iterates` says so, sides with a last inverse take the Newton iteration from it, all at once, and
+    Cholesky only if that does not converge.
+    """
+    sides = [side for pair in pairs for side in _sides(pair)]
+    found: dict[int, Tensor] = {}
+    if sides and ops.iterates(sides[0].F.device):
+        found = _iterated(sides)
+    inverses: list[tuple[Tensor, Tensor] | None] = []
+    for i in range(0, len(sides), 2):
+        A_inv = _inverse_of(sides[i], found.get(i))
+        G_inv = None if A_inv is None else _inverse_of(sides[i + 1], found.get(i + 1))
+        inverses.append(None if A_inv is None or G_inv is None else (A_inv, G_inv))
+    return inverses
+
+
+def _inverse_of(side: _Side, found: Tensor | None) -> Tensor | None:
+    if found is None:
+        scale = torch.where(side.present, side.scale, 0.0)
+        found = _inverse_of_sum(side.F, scale, side.d, diagonal=side.diagonal)
+    return None if found is None else found.mul_(_expand(side.scale, found, side.diagonal))
+
+
+def _sides(pair: Pair) -> tuple[_Side, _Side]:
+    A, G, damping, diagonal_A, diagonal_G, last = pair
     a, g = mean_diagonal(A, diagonal=diagonal_A), mean_diagonal(G, diagonal=diagonal_G)
     gamma = torch.as_tensor(damping, dtype=A.dtype, device=A.device).sqrt()
     smallest = torch.finfo(A.dtype).tiny  # below, 1 / a overflows
     present = (a > smallest) & (g > smallest)
     a, g = torch.where(present, a, 1.0), torch.where(present, g, 1.0)
     d = torch.where(present, gamma / (a.sqrt() * g.sqrt()), gamma)
-    inverses: list[Tensor] = []
-    for F, scale, diagonal in ((A, a, diagonal_A), (G, g, diagonal_G)):
-        inverse = _inverse_of_sum(F, torch.where(present, 1 / scale, 0.0), d, diagonal=diagonal)
-        if inverse is None:
-            return None
-        inverses.append(inverse.mul_(_expand(1 / scale, inverse, diagonal)))
-    return inverses[0], inverses[1]
+    A_inv, G_inv = (None, None) if last is None else last
+    return _Side(A, 1 / a, present, d, diagonal_A, A_inv), _Side(G, 1 / g, present, d, diagonal_G, G_inv)
+
+
+def _iterated(sides: Sequence[_Side]) -> dict[int, Tensor]:
+    """Inverses that the Newton iteration found, by the number of their side."""
+    warm = [
+        (i, side, side.last)
+        for i, side in enumerate(sides)
+        if side.last is not None and not side.diagonal and side.F.dtype == torch.float32
+    ]
+    if not warm:
+        return {}
+    M = []
+    for _, side, _ in warm:
+        damped = side.F * _expand(torch.where(side.present, side.scale, 0.0), side.F, False)
+        damped.diagonal(dim1=-2, dim2=-1).add_(side.d.unsqueeze(-1))
+        M.append(ops.padded(damped))
+    X = [ops.padded(last.clone(memory_format=torch.contiguous_format)) for _, _, last in warm]
+    residual = torch.empty(len(X), dtype=torch.float32, device=X[0].device)
+    ops.newton_schulz_(X, M, residual)
+    left = residual.tolist()
+    return {i: x for (i, _, _), x, error in zip(warm, X, left, strict=True) if error <= CONVERGED}
 
 
 def _expand(scale: Tensor, F: Tensor, diagonal: bool) -> Tensor:

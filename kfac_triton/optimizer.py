@@ -16,13 +16,13 @@ from kfac_triton import arguments, assembly, checkpoint, schedules
 from kfac_triton.adaptive import AdaptiveStep
 from kfac_triton.approximations import average, kronecker, tridiagonal
 from kfac_triton.capture import Streams
+from kfac_triton.compiled import CompiledStep
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import factored_damping
 from kfac_triton.likelihoods import Likelihood
 from kfac_triton.objective import Objective
 from kfac_triton.proposal import Occasion
 from kfac_triton.schedules import Schedule
-from kfac_triton.update import CompiledStep
 
 log = logging.getLogger("kfac_triton")
 
@@ -401,9 +401,10 @@ class KFAC(torch.optim.Optimizer):
         curvature = self._attached()
         return {
             curvature.names[weight].removesuffix(".weight"): {
-                name: average.settled(self.state[weight], name) for name in "AG"
+                "A": block.layout.in_weight_order(average.settled(self.state[weight], "A"), weight.shape),
+                "G": average.settled(self.state[weight], "G"),
             }
-            for weight in curvature.blocks
+            for weight, block in curvature.blocks.items()
             if self.state[weight]["factor_updates"] > 0
         }
 

@@ -12,8 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from kfac_triton import ops
 from kfac_triton.approximations.kronecker import Statistics
 from kfac_triton.blocks.layout import Layout
+from kfac_triton.factors import rows_in
 from kfac_triton.fisher import Seen, SeenUse
 
 
@@ -67,6 +69,8 @@ def weight_statistics(
     """The rows of one weight; `terms` are the loss terms of all passes together."""
     if reduce:
         return _reduced(uses, layout, bias, terms, masked)
+    if not masked and (not layout.bias or all(seen.recorded.use.bias is not None for seen in uses)):
+        return _whole(uses, layout, bias, terms)
     a, g, columns = [], [], []
     count: float | Tensor = 0
     for seen in uses:
@@ -77,10 +81,18 @@ def weight_statistics(
         g += gradients
         count = count + (rows.shape[-2] if counts is None else counts.sum())
         columns.append(_homogeneous(seen, rows, counts))
-    ones = layout.bias and not masked and all(seen.recorded.use.bias is not None for seen in uses)
-    if layout.bias and not ones:
+    if layout.bias:
         a = [torch.cat([rows, column.unsqueeze(-1)], dim=-1) for rows, column in zip(a, columns, strict=True)]
-    return Statistics(layout, bias, a, g, terms, count, ones)
+    return Statistics(layout, bias, [*a], g, terms, count, ones=False)
+
+
+def _whole(uses: list[SeenUse], layout: Layout, bias: nn.Parameter | None, terms: float | Tensor) -> Statistics:
+    """Every row counts, and all have the homogeneous coordinate 1 if one has: rows can stay as they lie in memory."""
+    axes = 3 if layout.groups > 1 else 2
+    kernels = ops.fuses(uses[0].recorded.use.x.device)
+    a = [seen.recorded.use.a() if layout.diagonal_A else seen.recorded.use.a_unwritten() for seen in uses]
+    g = [seen.recorded.g_by_images(dy) if kernels else seen.recorded.g(dy) for seen in uses for dy in seen.dys]
+    return Statistics(layout, bias, a, g, terms, sum(rows_in(rows, axes) for rows in a), ones=layout.bias)
 
 
 def _homogeneous(seen: SeenUse, rows: Tensor, counts: Tensor | None) -> Tensor:
@@ -114,7 +126,7 @@ def _reduced(
         total = torch.stack(positions).sum(dim=0).clamp(min=1)
         g += [torch.stack(by_call).sum(dim=0) / total.unsqueeze(-1) for by_call in zip(*gradients, strict=True)]
     rows = sum(calls[0].examples for calls in batches.values())
-    return Statistics(layout, bias, a, g, terms, rows, ones=False)
+    return Statistics(layout, bias, [*a], g, terms, rows, ones=False)
 
 
 def _summed(seen: SeenUse, bias: bool, masked: bool) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -1,7 +1,8 @@
 """The step below the interval branches: precondition, trust region, momentum, weights; and AdamW for the rest.
 
 Pure functions over lists of tensors, compiled as one graph (`compiled`) or run eagerly. What changes from step to step
-enters as 0-d tensors, so that a scheduler never recompiles; what decides the graph stands in a `Plan`.
+enters as 0-d tensors, so that a scheduler never recompiles; what decides the graph stands in a `Plan`. Where kernels
+serve (a fused plan) two operators do it: the products with <V, grad> at their end, and the update in one pass.
 
     V = G_inv (grad_W + weight_decay W) A_inv
     nu = min(1, sqrt(2 kl_clip / sum over parameters of lr^2 <V, grad>))         (Wu et al. 2017, section 3)
@@ -10,24 +11,17 @@ enters as 0-d tensors, so that a scheduler never recompiles; what decides the gr
 
 from __future__ import annotations
 
-import logging
-import os
-import time
-import types
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_triton import chain, ops
 from kfac_triton.blocks.layout import Layout
 from kfac_triton.chain import Link
 
-log = logging.getLogger("kfac_triton")
-
-MAX_GRAPHS = 8  # sets of parameters with a gradient, as with experts or skipped layers; each costs a compilation
-ROW_ALIGNMENT = 16  # elements: 64 bytes of float32
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 
 Scalar = float | Tensor
@@ -46,7 +40,8 @@ class LayerPlan:
 @dataclass(frozen=True)
 class Plan:
     """What decides the graph of a step. `chain`: the layers, in their order, are linked by a tridiagonal inverse;
-    `bf16`: the products with the inverses are of bfloat16 numbers."""
+    `bf16`: the products with the inverses are of bfloat16 numbers; `fused`: kernels serve, and dense inverses come with
+    the zeros around them."""
 
     layers: tuple[LayerPlan, ...]
     fallback_groups: tuple[int, ...]
@@ -56,6 +51,7 @@ class Plan:
     gated: bool
     chain: bool = False
     bf16: bool = False
+    fused: bool = False
 
 
 @dataclass
@@ -100,27 +96,79 @@ class Fallback:
 
 def step_(plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
     """One step on every parameter of the plan, in place."""
+    if plan.fused:
+        _fused_step_(plan, hyper, blocks)
+    else:
+        _plain_step_(plan, hyper, blocks)
+    for i, group in enumerate(plan.fallback_groups):
+        adamw_(plan, hyper, group, fallback, i)
+
+
+def _plain_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
     grads, V = precondition(plan, hyper, blocks)
-    nu = _trust_region(plan, hyper, V, grads) if plan.trust_region else None
+    nu = _trust_region(plan, hyper, _dots(plan, V, grads)) if plan.trust_region else None
     for i, layer in enumerate(plan.layers):
         V_weight, V_bias = layer.layout.split(V[i], blocks.weights[i].shape)
         scale = None if nu is None else nu[layer.group]
         _move_(plan, hyper, layer.group, blocks.weights[i], blocks.weight_buffers[i], V_weight, scale)
         if V_bias is not None and layer.bias_has_grad:
             _move_(plan, hyper, layer.bias_group, blocks.biases[i], blocks.bias_buffers[i], V_bias, scale)
-    for i, group in enumerate(plan.fallback_groups):
-        adamw_(plan, hyper, group, fallback, i)
 
 
-def precondition(plan: Plan, hyper: Hyper, blocks: Blocks) -> tuple[list[Tensor], list[Tensor]]:
-    """(grad + weight_decay W, V) of every layer as joint matrices."""
+def _fused_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
+    if not plan.layers:
+        return
+    dots = blocks.A_inv[0].new_empty(len(plan.layers), 2) if plan.trust_region and not plan.chain else None
+    grads, V = precondition(plan, hyper, blocks, dots)
+    one = torch.ones_like(hyper.unscale, dtype=torch.float32)
+    nu = [one] * len(hyper.lr)
+    if plan.trust_region:
+        pairs = _dots(plan, V, grads) if dots is None else [tuple(pair.unbind()) for pair in dots.unbind()]
+        nu = _trust_region(plan, hyper, pairs)
+    W, buffers, moves, groups, scales = [], [], [], [], []
+    for i, layer in enumerate(plan.layers):
+        own = [(blocks.weights[i], blocks.weight_buffers[i], layer.group)]
+        if layer.bias_has_grad:
+            own.append((blocks.biases[i], blocks.bias_buffers[i], layer.bias_group))
+        for (parameter, buffer, group), v in zip(own, layer.layout.parts(V[i], blocks.weights[i].shape), strict=False):
+            W.append(layer.layout.by_taps(parameter))
+            buffers.append(layer.layout.by_taps(buffer) if plan.momentum else buffer)
+            moves.append(v)
+            groups.append(group)
+            scales.append(nu[layer.group])
+    lr, momentum = _gated(plan, hyper)
+    ops.fused_update_(
+        W,
+        buffers if plan.momentum else [],
+        moves,
+        scales,
+        [lr[group] for group in groups],
+        [momentum[group] for group in groups],
+        [torch.zeros_like(one)] * len(W),  # weight decay is l2: it is in the gradient
+    )
+
+
+def precondition(
+    plan: Plan, hyper: Hyper, blocks: Blocks, dots: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(grad + weight_decay W, V) of every layer as joint matrices; `dots` (layers, 2) gets <V, grad>, a bias apart."""
     grads = [_joint_gradient(plan, hyper, blocks, i) for i in range(len(plan.layers))]
     if plan.chain:
         return grads, chain.product(grads, blocks.links, blocks.A_inv[-1], blocks.G_inv[-1])
+    shapes = [grad.shape for grad in grads]
+    if plan.fused:
+        grads = [_widened(grad, *sides) for grad, *sides in zip(grads, blocks.G_inv, blocks.A_inv, strict=True)]
     V = [_aligned_like(grad) for grad in grads]
     if V:
-        ops.kron_matmul_(V, blocks.G_inv, grads, blocks.A_inv, bf16=plan.bf16)
-    return grads, V
+        splits = [shape[-1] - int(layer.layout.bias) for shape, layer in zip(shapes, plan.layers, strict=True)]
+        ops.kron_matmul_(V, blocks.G_inv, grads, blocks.A_inv, bf16=plan.bf16, dots=dots, splits=splits)
+    cut = [[t[..., : shape[-2], : shape[-1]] for t, shape in zip(ts, shapes, strict=True)] for ts in (grads, V)]
+    return (cut[0], cut[1]) if plan.fused else (grads, V)
+
+
+def _widened(grad: Tensor, G_inv: Tensor, A_inv: Tensor) -> Tensor:
+    """The gradient with zeros where its inverses have them."""
+    return F.pad(grad, (0, A_inv.shape[-1] - grad.shape[-1], 0, G_inv.shape[-1] - grad.shape[-2]))
 
 
 def _gradient(plan: Plan, hyper: Hyper, grad: Tensor, decay: Tensor | None = None) -> Tensor:
@@ -150,19 +198,27 @@ def _aligned_like(grad: Tensor) -> Tensor:
     """Space of grad's shape whose rows start at multiples of 16 elements: a joint bias makes most widths odd, and the
     products of the `mnist` autoencoder took 63 ms with those, 54 ms with these (medians, two cores)."""
     width = grad.shape[-1]
-    return grad.new_empty(*grad.shape[:-1], -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT)[..., :width]
+    return grad.new_empty(*grad.shape[:-1], ops.padded_width(width))[..., :width]
 
 
-def _trust_region(plan: Plan, hyper: Hyper, V: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """nu by group: one bound on the whole model's step, which each group's kl_clip may set its own way."""
-    total = grads[0].new_zeros(()) if grads else hyper.finite.new_zeros((), dtype=torch.float32)
+def _dots(plan: Plan, V: list[Tensor], grads: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """<V, grad> of every layer: one number, or two where the bias has a learning rate of its own, its last."""
+    found: list[tuple[Tensor, ...]] = []
     for layer, v, grad in zip(plan.layers, V, grads, strict=True):
         product = v * grad
         if layer.layout.bias and layer.bias_group != layer.group:
-            total = total + product[..., :-1].sum() * hyper.lr[layer.group] ** 2
-            total = total + product[..., -1].sum() * hyper.lr[layer.bias_group] ** 2
+            found.append((product[..., :-1].sum(), product[..., -1].sum()))
         else:
-            total = total + product.sum() * hyper.lr[layer.group] ** 2
+            found.append((product.sum(),))
+    return found
+
+
+def _trust_region(plan: Plan, hyper: Hyper, dots: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """nu by group: one bound on the whole model's step, which each group's kl_clip may set its own way."""
+    total = dots[0][0].new_zeros(()) if dots else hyper.finite.new_zeros((), dtype=torch.float32)
+    for layer, pair in zip(plan.layers, dots, strict=True):
+        for dot, group in zip(pair, (layer.group, layer.bias_group), strict=False):
+            total = total + dot * hyper.lr[group] ** 2
     total = total.clamp(min=torch.finfo(total.dtype).tiny)
     return [torch.sqrt(2 * kl_clip / total).clamp(max=1.0) for kl_clip in hyper.kl_clip]
 
@@ -179,6 +235,18 @@ def _move_(
         buffer.mul_(momentum).add_(direction)
         direction = buffer
     _add_scaled_(parameter, direction, lr, -1.0)
+
+
+def _gated(plan: Plan, hyper: Hyper) -> tuple[list[Tensor], list[Tensor]]:
+    """lr and momentum by group, as a skipped step has them: 0 and 1."""
+    lr = [torch.as_tensor(value) for value in hyper.lr]
+    momentum = [torch.as_tensor(value) for value in hyper.momentum]
+    if not plan.gated:
+        return lr, momentum
+    return (
+        [torch.where(hyper.finite, value, 0.0) for value in lr],
+        [torch.where(hyper.finite, value, 1.0) for value in momentum],
+    )
 
 
 def _add_scaled_(parameter: Tensor, direction: Tensor, scale: Scalar, sign: float) -> None:
@@ -208,84 +276,3 @@ def adamw_(plan: Plan, hyper: Hyper, group: int, fallback: Fallback, i: int) -> 
     if plan.weight_decay:
         parameter.sub_(parameter * (lr * weight_decay))
     parameter.sub_(corrected / root * lr)
-
-
-class CompiledStep:
-    """`step_`, compiled once for each plan where that is possible, else eager after one warning.
-
-    `seconds` is the wall time of the calls in which a graph was compiled.
-    """
-
-    def __init__(self, compile: bool) -> None:
-        self.compile = compile
-        self.seconds = 0.0
-        self._many = False
-        self._steps: dict[Plan, Callable[[Hyper, Blocks, Fallback], None]] = {}
-
-    def __call__(self, plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
-        if not self.compile:
-            step_(plan, hyper, blocks, fallback)
-        elif plan in self._steps:
-            self._steps[plan](hyper, blocks, fallback)
-        elif len(self._steps) == MAX_GRAPHS:
-            self._warn_many()
-            step_(plan, hyper, blocks, fallback)
-        else:
-            self._first(plan, hyper, blocks, fallback)
-
-    def _warn_many(self) -> None:
-        if not self._many:
-            log.warning(
-                "KFAC compiled %d graphs of its step, one for each set of parameters with a gradient; "
-                "for other sets it runs eagerly",
-                MAX_GRAPHS,
-            )
-        self._many = True
-
-    def _first(self, plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
-        reason = _why_not(blocks, fallback)
-        started = time.perf_counter()
-        if reason is None:
-            ops.load()
-            step = _compiled(plan)
-            try:
-                step(hyper, blocks, fallback)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-                reason = f"{type(error).__name__}: {' '.join(lines[:2])}"
-            else:
-                self._steps[plan] = step
-        if reason is None:
-            self.seconds += time.perf_counter() - started
-            return
-        log.warning("KFAC's step runs eagerly, since it cannot be compiled here (%s); compile=False says so", reason)
-        self.compile = False
-        step_(plan, hyper, blocks, fallback)
-
-
-def _compiled(plan: Plan) -> Callable[[Hyper, Blocks, Fallback], None]:
-    """A graph of its own: torch counts recompilations by code object, and every plan of every optimizer is its own."""
-
-    def step(hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
-        step_(plan, hyper, blocks, fallback)
-
-    own = types.FunctionType(
-        step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__
-    )
-    compiled: Callable[[Hyper, Blocks, Fallback], None] = torch.compile(own, fullgraph=True, dynamic=False)
-    return compiled
-
-
-def _why_not(blocks: Blocks, fallback: Fallback) -> str | None:
-    """A reason why compilation is bound to fail, found without trying."""
-    if os.environ.get("TORCH_COMPILE_DISABLE") == "1" or torch._dynamo.config.disable:
-        return "TORCH_COMPILE_DISABLE is set"
-    tensors = blocks.weights or fallback.parameters
-    if tensors and tensors[0].device.type == "cpu":
-        from torch._inductor import cpp_builder, exc
-
-        try:
-            cpp_builder.get_cpp_compiler()
-        except exc.InvalidCxxCompiler:
-            return "no C++ compiler found"
-    return None

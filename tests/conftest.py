@@ -7,6 +7,7 @@ tests too.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 
@@ -24,6 +25,20 @@ def tf32(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x0FFF + ((bits >> 13) & 1)) & 0xFFFFE000).astype(np.uint32).view(np.float32)
 
 
+def bf16_pairs(x: np.ndarray, y: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The six largest products of x and y in three bfloat16 pieces each, the smallest ones first."""
+
+    def pieces(a: np.ndarray) -> list[np.ndarray]:
+        found = []
+        for _ in range(3):
+            found.append(torch.from_numpy(np.ascontiguousarray(a)).bfloat16().float().numpy())
+            a = a - found[-1]
+        return found
+
+    p, q = pieces(x), pieces(y)
+    return [(p[i], q[total - i]) for total in (2, 1, 0) for i in range(total + 1)]
+
+
 def repaired_dot(original: Callable[..., object]) -> Callable[..., object]:
     """The interpreter's dot made to follow the hardware: it multiplies the bit patterns of bfloat16 as if they were
     integers, and takes every `input_precision` for "ieee".
@@ -37,15 +52,17 @@ def repaired_dot(original: Callable[..., object]) -> Callable[..., object]:
         return handle.data
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        precision = str(input_precision).upper()
-        rounded = a.dtype.scalar == tl.float32 and "TF32" in precision
+        precision = str(input_precision).upper().rpartition(".")[2]
+        rounded = a.dtype.scalar == tl.float32 and precision != "IEEE"
         if a.dtype.scalar != tl.bfloat16 and not rounded:
             return original(self, a, b, d, input_precision, max_num_imprecise_acc)
         x, y = values(a), values(b)
         if not rounded:
             product = x @ y
-        elif "TF32X3" in precision:
+        elif precision == "TF32X3":
             product = tf32(x - tf32(x)) @ tf32(y) + tf32(x) @ tf32(y - tf32(y)) + tf32(x) @ tf32(y)
+        elif precision == "BF16X6":
+            product = sum(p @ q for p, q in bf16_pairs(x, y))
         else:
             product = tf32(x) @ tf32(y)
         return TensorHandle(d.data + product.astype(d.data.dtype), d.dtype.scalar)
@@ -59,11 +76,15 @@ def interpreter() -> Iterator[type]:
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("kernels are compiled in this process; TRITON_INTERPRET=1 interprets them")
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 
     original = InterpreterBuilder.create_dot
     InterpreterBuilder.create_dot = repaired_dot(original)
-    yield InterpreterBuilder
+    with pytest.MonkeyPatch.context() as patch:
+        allowed = ("tf32", "tf32x3", "ieee", "bf16x6")
+        options = dataclasses.replace(interpreter_builder.options, allowed_dot_input_precisions=allowed)
+        patch.setattr(interpreter_builder, "options", options)
+        yield InterpreterBuilder
     InterpreterBuilder.create_dot = original
 
 

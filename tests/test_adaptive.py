@@ -466,7 +466,7 @@ def test_products_are_rounded_while_the_model_promises_as_much(monkeypatch, loss
     monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device: True)
     exact = ops.kron_matmul_
 
-    def rounded(out, G_inv, V, A_inv, *, bf16=False):
+    def rounded(out, G_inv, V, A_inv, *, bf16=False, **more):
         exact(out, G_inv, V, A_inv)
         if bf16:
             for o in out:
@@ -485,7 +485,9 @@ def test_the_precision_of_a_step(monkeypatch):
     """Asked for, products are rounded in steps of any kind; else only where the adaptive step found that it may."""
     seen = []
     exact = ops.kron_matmul_
-    monkeypatch.setattr(ops, "kron_matmul_", lambda *args, bf16=False: (seen.append(bf16), exact(*args, bf16=bf16))[1])
+    monkeypatch.setattr(
+        ops, "kron_matmul_", lambda *args, bf16=False, **more: (seen.append(bf16), exact(*args, bf16=bf16))[1]
+    )
     monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device: False)
     for options, expected in (
         ({"precision": "bf16"}, True), ({"precision": "ieee"}, False), ({}, False),

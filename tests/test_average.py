@@ -31,7 +31,7 @@ def scalar(value: float) -> Tensor:
 def update(state: dict, X: Tensor | list[Tensor], alpha: float, beta: float, at_once: bool = False) -> None:
     held = X if isinstance(X, list) else [X]
     bias = held[0].shape[1] < D
-    average.update_(state, "A", held, scalar(alpha), scalar(beta), bias=bias, diagonal=False, at_once=at_once)
+    average.update_([average.Update(state, "A", held, scalar(alpha), scalar(beta), bias, False)], at_once=at_once)
 
 
 def by_definition(updates: list[tuple[Tensor, float, float]]) -> Tensor:
@@ -61,7 +61,7 @@ def test_the_average_is_that_of_the_definition(sizes, width):
         update(state, X, alpha, beta)
         update(at_once, X, alpha, beta, at_once=True)
         dense.assert_exact(average.settled(state, "A"), by_definition(updates[:i]))
-    average.settle_(state, "A")
+    average.settle_([(state, "A")])
     dense.assert_exact(state["A"], by_definition(updates))
     dense.assert_exact(at_once["A"], by_definition(updates))
     assert torch.equal(state["A"], state["A"].T)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kfac_triton import KFAC, update
+from kfac_triton import KFAC
+from kfac_triton import compiled as compiled_step
 
 # "exact" differs from "mc" in K-FAC's own pass alone, which is never compiled.
 FISHERS = ["mc", "empirical"]
@@ -335,7 +336,7 @@ def test_many_optimizers_in_one_process_each_compile(counter, caplog):
 
 def test_ever_new_sets_of_gradients_end_in_eager_steps(counter, caplog, monkeypatch):
     """Experts and skipped layers make a graph of every set of parameters with a gradient."""
-    monkeypatch.setattr(update, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(compiled_step, "MAX_GRAPHS", 2)
     models = network(), network()
     optimizers = [
         kfac(model, compile=compile, inverse_interval=1) for model, compile in zip(models, (True, False), strict=True)

@@ -449,14 +449,14 @@ def test_without_new_inverses_the_last_ones_stay():
     weight, layout = nn.Parameter(torch.zeros(3, 4)), Layout("linear")
     state = {}
     kronecker.initialise(state, weight, layout, -1)
-    assert kronecker.update_inverses(state, layout, 0.1)
+    assert kronecker.update_inverses([kronecker.Refresh(state, layout, 0.1)]) == [True]
     assert "A_inv" not in state  # no data yet
     state["A"].copy_(spd(4, 1))
     state["G"].copy_(spd(3, 2))
     state["factor_updates"] += 1
-    assert kronecker.update_inverses(state, layout, 0.1)
+    assert kronecker.update_inverses([kronecker.Refresh(state, layout, 0.1)]) == [True]
     kept = state["A_inv"].clone(), state["G_inv"].clone()
     state["A"].fill_(math.nan)
-    assert not kronecker.update_inverses(state, layout, 0.1)
+    assert kronecker.update_inverses([kronecker.Refresh(state, layout, 0.1)]) == [False]
     assert torch.equal(state["A_inv"], kept[0])
     assert torch.equal(state["G_inv"], kept[1])

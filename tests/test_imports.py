@@ -19,10 +19,12 @@ ROOT = Path(kfac_triton.__file__).parent
 # From the bottom: a module imports its own level and those below. The order is that of the maths, then of capture,
 # then of the optimizer, then of the tools around it.
 LEVELS = [
-    {"kernels", "version", "likelihoods", "distributed", "schedules", "averaging", "batching", "initialisation"},
-    {"ops", "blocks", "arguments", "damping"},
-    {"factors", "chain", "update", "capture"},
-    {"approximations", "fisher"},
+    {"kernels", "version", "likelihoods", "distributed", "schedules", "averaging", "batching", "initialisation"}
+    | {"tuned"},
+    {"ops", "arguments", "damping"},
+    {"blocks", "factors", "chain"},
+    {"update", "capture"},
+    {"approximations", "fisher", "compiled"},
     {"statistics", "quadratic", "objective", "loss_scale"},
     {"empirical", "curvature"},
     {"assembly", "checkpoint"},

@@ -1,142 +1,206 @@
-"""Every shipped tile compiles for real targets, with no GPU present: on matrix units, with no register spilled.
+"""Every tile that a launcher may choose, compiled for real targets with no GPU present, against the facts on record.
 
-The kernels are compiled in a process of their own, since the others may have loaded them for the interpreter. Run as a
-script, this file reads configurations as JSON from its standard input and prints what it found in the machine code.
+`kernel_facts.json` holds what stands in the machine code. A change that makes one of these worse fails here; one that
+changes them otherwise is put on record by `python tests/test_kernels_aot.py`, which the diff then shows.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
-from kfac_triton.kernels import kron_matmul, syrk
-from kfac_triton.kernels._launch import Tile
+from kfac_triton import tuned
+from kfac_triton.kernels import _grouped, conv_syrk, newton_schulz, syrk
+from kfac_triton.kernels.tiles import Tile
+from kfac_triton.tuning.machine_code import Configuration, Facts, examine
 
 pytest.importorskip("triton")
 
-# Shared memory that one program may use, in bytes.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HG?MMA", "sm_100": "(UTC)?HMMA", "gfx942": "v_mfma"}
+RECORD = Path(__file__).with_name("kernel_facts.json")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Registers may grow by this much before a change counts as worse: neither occupancy nor spilling follows from less.
+REGISTERS = 8
 
 
-def shipped() -> list[tuple]:
-    """(target, kernel, dtype, tile, precision, stride of X that is 1): everything a launcher may choose."""
-    configurations = []
-    for target in SHARED_LIMIT:
-        float32 = ("ieee",) if target == "gfx942" else ("tf32x3", "tf32")
+def shipped() -> list[Configuration]:
+    """Everything a launcher chooses by itself, or finds in the files that come with the package."""
+    found: list[Configuration] = []
+    for target in TARGETS:
+        exact = ("ieee", "bf16x6") if target == "gfx942" else ("tf32x3",)
         for dtype in ("fp32", "bf16", "fp16"):
-            for precision in float32:  # V of any dtype meets float32 factors
-                configurations += [(target, "kron_matmul", dtype, tile, precision, "") for tile in kron_matmul.TILES]
-            tiles = syrk.TILES["float32" if dtype == "fp32" else "half"]
-            for precision in float32 if dtype == "fp32" else ("ieee",):  # half types have no other precision
-                for kernel in ("syrk", "syrk with bias"):
-                    configurations += [(target, kernel, dtype, tile, precision, "X_col") for tile in tiles]
-                    for unit_stride in ("X_row", ""):
-                        configurations += [(target, kernel, dtype, t, precision, unit_stride) for t in tiles[1:]]
-    return configurations
+            kind, precisions = ("float32", exact) if dtype == "fp32" else ("half", ("ieee",))
+            for precision in precisions:
+                found += of_syrk(target, dtype, syrk.TILES[kind], precision)
+                found += [
+                    Configuration(target, "conv_syrk", dtype, tile, precision, (("split", split),))
+                    for tile in conv_syrk.TILES[kind]
+                    for split in (False, True)
+                ]
+        if target in ("sm_90", "sm_100"):
+            found += [
+                Configuration(target, "syrk", "fp32", tile, "tf32", (("unit_stride", stride), ("split", split)))
+                for tile in syrk.TILES["descriptors"]
+                for stride in ("X_col", "X_row")
+                for split in (False, True)
+            ]
+        for precision in exact:
+            found += of_grouped(target, precision)
+        found += [Configuration(target, "symmetric_product", "fp32", tile, exact[0]) for tile in newton_schulz.TILES]
+        found += [
+            Configuration(target, "reduce", "fp32", Tile(side, 16, side // 16, 1), "ieee") for side in (32, 64, 128)
+        ]
+        found += [
+            Configuration(target, "fused_update", dtype, Tile(16, 16, 4, 1), "ieee", options)
+            for dtype in ("fp32", "bf16", "fp16")
+            for options in ((), (("conv", True),), (("momentum", False),))
+        ]
+    return list(dict.fromkeys([*found, *in_files()]))
+
+
+def of_syrk(target: str, dtype: str, tiles: Sequence[Tile], precision: str) -> Iterable[Configuration]:
+    for split in (False, True):
+        for images in (False, True):
+            options = (("split", split), ("images", images))
+            yield from (Configuration(target, "syrk", dtype, tile, precision, options) for tile in tiles)
+            transposed = (*options, ("unit_stride", "X_row"))
+            yield from (Configuration(target, "syrk", dtype, tile, precision, transposed) for tile in tiles[1:])
+
+
+def of_grouped(target: str, precision: str) -> Iterable[Configuration]:
+    for epilogue in (_grouped.PLAIN, _grouped.DOT, _grouped.DIVIDE, _grouped.RESIDUAL):
+        for tile in _grouped.allowed_tiles(epilogue):
+            for transposed in (False, True) if epilogue == _grouped.DIVIDE else (False,):
+                options = (("epilogue", epilogue), ("transposed", transposed))
+                yield Configuration(target, "grouped", "fp32", tile, precision, options)
+
+
+def in_files() -> Iterable[Configuration]:
+    """What the shipped tile files hold for these targets."""
+    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    for path in tuned.shipped_files():
+        target = json.loads(path.read_text())["target"]
+        if target not in TARGETS:
+            continue
+        for (kernel, dtype, precision), entries in tuned.read_tiles(path).items():
+            for tile, parts in entries.values():
+                options = () if kernel == "kron_matmul" else (("split", parts > 1),)
+                name = "grouped" if kernel == "kron_matmul" else kernel
+                yield Configuration(target, name, names[dtype], Tile(*tile), precision, options)
 
 
 ALL = shipped()
-# One of each kernel and target: a middle tile, float32 in the precision that is the default there.
+# One of each kernel and target, in the default precision, with all that makes it large.
 SOME = [
-    (target, kernel, "fp32", Tile(64, 32, 4, 3), "ieee" if target == "gfx942" else "tf32x3", unit_stride)
-    for target in SHARED_LIMIT
-    for kernel, unit_stride in (("syrk with bias", "X_col"), ("kron_matmul", ""))
+    next(c for c in ALL if (c.target, c.kernel) == (target, kernel) and (kernel != "syrk" or c.tile.block == 64))
+    for target in TARGETS
+    for kernel in ("syrk", "conv_syrk", "grouped", "symmetric_product", "fused_update")
 ]
-assert set(SOME) <= set(ALL)
-IEEE = ("sm_80", "syrk", "fp32", Tile(32, 32, 2, 3), "ieee", "X_col")
+DESCRIPTORS = [c for c in ALL if c.tile.descriptors and c.target == "sm_90"][:1]
+STRICT = Configuration("sm_80", "syrk", "fp32", Tile(32, 32, 2, 3), "ieee")
+# Hazards put back: what the facts look like then.
+UNALIGNED = Configuration("sm_80", "syrk", "fp32", Tile(64, 32, 4, 3), "tf32x3", (("unit_stride", None),))
+ONE_TF32_PRODUCT = Configuration("sm_90", "syrk", "fp32", Tile(64, 32, 4, 3), "tf32", (("unit_stride", "X_col"),))
+TOO_LARGE = Configuration("sm_80", "syrk", "bf16", Tile(128, 64, 4, 3), "ieee")
 
 
-def name(configuration: tuple) -> str:
-    target, kernel, dtype, tile, precision, unit_stride = configuration
-    return "-".join((target, kernel.replace(" ", "_"), dtype, "x".join(map(str, tile)), precision, unit_stride))
-
-
-def examine(configurations: list[tuple]) -> dict[tuple, dict]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(configurations), capture_output=True, text=True, env=environment
-    )
-    assert run.returncode == 0, run.stderr
-    return dict(zip(configurations, map(json.loads, run.stdout.splitlines()), strict=True))
-
-
-@pytest.fixture(scope="module")
-def some() -> dict[tuple, dict]:
-    return examine([*SOME, IEEE])
+def facts_of(configurations: Sequence[Configuration]) -> dict[Configuration, Facts]:
+    found: dict[Configuration, Facts] = {}
+    for index, facts in examine(configurations):
+        assert isinstance(facts, Facts), f"{configurations[index].name}: {facts}"
+        found[configurations[index]] = facts
+    return found
 
 
 @pytest.fixture(scope="module")
-def every() -> dict[tuple, dict]:
-    return examine(ALL)
+def some() -> dict[Configuration, Facts]:
+    return facts_of([*SOME, *DESCRIPTORS, STRICT, UNALIGNED, ONE_TF32_PRODUCT, TOO_LARGE])
 
 
-def check(configuration: tuple, facts: dict) -> None:
-    target, kernel, _, _, precision, unit_stride = configuration
-    assert facts["matrix"] > 0, "no matrix instruction"
-    assert facts["spilled"] == 0, "registers spill"
-    assert 0 < facts["shared"] <= SHARED_LIMIT[target]
-    # A row of X without a unit stride, and a TF32 operand that must be transposed, can only be copied piece by piece.
-    if target != "gfx942" and precision != "tf32" and (unit_stride or kernel == "kron_matmul"):
-        assert facts["copies"].keys() == {"16"}, "copies of less than 16 bytes"
+@pytest.fixture(scope="module")
+def every() -> dict[Configuration, Facts]:
+    return facts_of(ALL)
 
 
-@pytest.mark.parametrize("configuration", SOME, ids=name)
-def test_one_of_each(some, configuration):
-    check(configuration, some[configuration])
+@pytest.fixture(scope="module")
+def record() -> dict[str, dict]:
+    return json.loads(RECORD.read_text())
+
+
+def as_recorded(facts: Facts) -> dict:
+    return json.loads(json.dumps(facts._asdict()))
+
+
+def check(configuration: Configuration, facts: Facts, record: dict[str, dict]) -> None:
+    assert facts.faults(configuration) == []
+    assert configuration.name in record, "not on record: run python tests/test_kernels_aot.py"
+    known, found = record[configuration.name], as_recorded(facts)
+    assert found["registers"] <= known["registers"] + REGISTERS, "more registers"
+    assert found["shared"] <= known["shared"], "more shared memory"
+    assert found["matrix"].keys() >= known["matrix"].keys(), "other matrix instructions"
+    for kind in ("copies", "loads", "stores"):
+        widths, before = ({int(w): n for w, n in own[kind].items()} for own in (found, known))
+        narrow, known_narrow = (sum(n for w, n in own.items() if w < 16) for own in (widths, before))
+        assert narrow <= known_narrow + 8, f"more narrow {kind}"
+
+
+@pytest.mark.parametrize("configuration", [*SOME, *DESCRIPTORS], ids=lambda c: c.name)
+def test_one_of_each(some, record, configuration):
+    check(configuration, some[configuration], record)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("configuration", ALL, ids=name)
-def test_every_shipped_configuration(every, configuration):
-    check(configuration, every[configuration])
+@pytest.mark.parametrize("configuration", ALL, ids=lambda c: c.name)
+def test_every_shipped_configuration(every, record, configuration):
+    check(configuration, every[configuration], record)
 
 
-def test_float32_multiplies_on_no_matrix_unit_of_nvidia(some):
-    """Why "ieee" is not shipped there, and that the count of matrix instructions can be zero."""
-    assert some[IEEE]["matrix"] == 0
+def test_every_shipped_configuration_is_on_record(record):
+    assert record.keys() == {configuration.name for configuration in ALL}
 
 
-def compiled(target: str, kernel: str, dtype: str, tile: Tile, precision: str, unit_stride: str):
-    from triton.backends.compiler import GPUTarget
-
-    hip = target.startswith("gfx")
-    gpu = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    stages = min(tile.stages, 2) if hip else tile.stages
-    if kernel == "kron_matmul":
-        return kron_matmul.ahead_of_time(gpu, dtype, tile, stages, precision)
-    return syrk.ahead_of_time(gpu, dtype, tile, stages, precision, kernel == "syrk with bias", unit_stride or None)
+def test_the_record_holds_no_fault(record):
+    """Read back from the file: no register spilled, matrix instructions, whole copies, for all that is shipped."""
+    for configuration in ALL:
+        known = dict(record[configuration.name])
+        for kind in ("copies", "loads", "stores"):
+            known[kind] = {int(width): times for width, times in known[kind].items()}
+        assert Facts(**known).faults(configuration) == []
 
 
-def facts(target: str, kernel) -> dict:
-    """Matrix instructions, bytes of stack (spilled registers), shared memory, asynchronous copies by their width."""
-    if target.startswith("gfx"):
-        code = kernel.asm["amdgcn"]
-        spilled = sum(int(n) for n in re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", code))
-        instructions, copies = re.findall(r"^\s*(v_\w+)", code, re.M), {}
-    else:
-        tools = Path(sys.modules["triton"].__file__).parent / "backends" / "nvidia" / "bin"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            usage = subprocess.check_output([tools / "cuobjdump", "--dump-resource-usage", file.name], text=True)
-            code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True)
-        spilled = int(re.search(r"STACK:(\d+)", usage)[1])
-        instructions = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)", code, re.M)
-        widths = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x[0-9a-f]+)", kernel.asm["ptx"])
-        copies = {str(int(width, 16)): widths.count(width) for width in set(widths)}
-    matrix = sum(re.match(MATRIX_INSTRUCTIONS[target], mnemonic) is not None for mnemonic in instructions)
-    return {"matrix": matrix, "spilled": spilled, "shared": kernel.metadata.shared, "copies": copies}
+def test_matrix_instructions_of_the_newest_kind(record):
+    """Warpgroup products on sm_90 and those of the tensor memory on sm_100, from tiles of 64 on."""
+    for configuration in ALL:
+        newest = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(configuration.target)
+        if newest and configuration.tile.block >= 64 and configuration.kernel not in ("reduce", "fused_update"):
+            assert newest in record[configuration.name]["matrix"], configuration.name
+
+
+def test_strict_float32_multiplies_on_no_matrix_unit_of_nvidia(some):
+    """Why "ieee" goes to cuBLAS there, and that the count of matrix instructions can be zero."""
+    assert some[STRICT].matrix == {}
+
+
+def test_faults_are_found(some):
+    """Strides that nothing divides, as a bias column or shapes from a table would make them; one TF32 product without
+    descriptors; a tile too large for its warps: each shows.
+    """
+    assert any("copies of" in fault or "loads of" in fault for fault in some[UNALIGNED].faults(UNALIGNED))
+    assert "copies of 4 bytes" in some[ONE_TF32_PRODUCT].faults(ONE_TF32_PRODUCT)
+    assert any("spill" in fault for fault in some[TOO_LARGE].faults(TOO_LARGE))
+
+
+def record_all() -> None:
+    """Writes the file anew, after every fault was looked for."""
+    facts = facts_of(ALL)
+    faults = {c.name: f.faults(c) for c, f in facts.items() if f.faults(c)}
+    if faults:
+        raise SystemExit(json.dumps(faults, indent=1))
+    lines = [f"{json.dumps(c.name)}: {json.dumps(as_recorded(facts[c]), sort_keys=True)}" for c in ALL]
+    RECORD.write_text("{\n" + ",\n".join(sorted(lines)) + "\n}\n")
 
 
 if __name__ == "__main__":
-    for target, kernel, dtype, tile, precision, unit_stride in json.load(sys.stdin):
-        found = facts(target, compiled(target, kernel, dtype, Tile(*tile), precision, unit_stride))
-        print(json.dumps(found), flush=True)
+    record_all()

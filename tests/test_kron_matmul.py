@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kfac_triton import ops
-from kfac_triton.kernels import kron_matmul
-from kfac_triton.kernels._launch import Tile
+from kfac_triton.kernels import _grouped, kron_matmul
+from kfac_triton.kernels._launch import buckets
+from kfac_triton.kernels.tiles import Tile
 
 # Error allowed, relative to the largest entry, by the factors' dtype.
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
@@ -22,12 +23,19 @@ SMALL = Tile(32, 32, 4, 3)
 SIZES = [(70, 40), (64, 64), (1, 33), (31, 1), (10, 97)]
 
 
+def launch(out, G_inv, V, A_inv, tile=SMALL, precision="ieee", dots=None, splits=()) -> None:
+    """The kernel, bucket by bucket as the operator has it."""
+    layers = kron_matmul.layers(out, G_inv, V, A_inv, dots, splits)
+    for bucket in buckets(layers, kron_matmul._key):
+        kron_matmul.launch(bucket, tile=tile, precision=precision)
+
+
 @pytest.fixture(params=["reference", "triton"])
 def precondition(request):
     """Each implementation for dense layers, for CPU tensors."""
     if request.param == "triton":
         request.getfixturevalue("interpreter")
-        return lambda *args: kron_matmul.launch(*args, tile=SMALL, precision="ieee")
+        return launch
     return kron_matmul.reference
 
 
@@ -59,7 +67,7 @@ def columns(layers) -> list[list[Tensor]]:
 @pytest.mark.parametrize(("d_out", "d_in"), SIZES)
 def test_kernel_matches_float64(kernel_device, d_out, d_in):
     layers = [layer(d_out, d_in, device=kernel_device)]
-    kron_matmul.launch(*columns(layers), tile=SMALL, precision="ieee")
+    launch(*columns(layers))
     check(layers)
 
 
@@ -67,7 +75,7 @@ def test_kernel_matches_float64(kernel_device, d_out, d_in):
 def test_every_shipped_tile(kernel_device, size):
     tile = kron_matmul.TILES[size]
     layers = [layer(tile.block + 9, tile.block - 5, device=kernel_device)]
-    kron_matmul.launch(*columns(layers), tile=tile)
+    launch(*columns(layers), tile, "tf32x3" if torch.version.hip is None else None)
     check(layers)
 
 
@@ -105,10 +113,14 @@ def test_layers_of_several_shapes(precondition):
 
 def test_equal_layers_share_two_launches(interpreter, monkeypatch):
     launches = []
-    grouped = kron_matmul._grouped
-    monkeypatch.setattr(kron_matmul, "_grouped", lambda *args: (launches.append(len(args[0])), grouped(*args)))
+
+    def counted(out, *args, **options):
+        launches.append(len(out))
+        _grouped.grouped(out, *args, **options)
+
+    monkeypatch.setattr(kron_matmul, "grouped", counted)
     layers = [layer(40, 35), layer(9, 8), layer(40, 35), layer(40, 35)]
-    kron_matmul.launch(*columns(layers))
+    launch(*columns(layers))
     assert launches == [3, 3, 1, 1]
 
 
@@ -151,7 +163,7 @@ def test_no_address_beyond_the_arguments(strays):
     values = layer(40, 35)
     around = [torch.zeros(160, 150) for _ in values]
     inside = [memory[50 : 50 + t.shape[0], 9 : 9 + t.shape[1]] for memory, t in zip(around, values, strict=True)]
-    kron_matmul.launch(*columns([inside]), tile=SMALL)
+    launch(*columns([inside]))
     for memory, view in zip(around, inside, strict=True):
         assert strays(memory, view) == 0
 
@@ -173,7 +185,7 @@ def test_float64_beside_float32():
 
 def test_program_order_does_not_matter(program_order):
     layers = [layer(40, 70), layer(40, 70)]
-    kron_matmul.launch(*columns(layers), tile=SMALL)
+    launch(*columns(layers))
     check(layers)
 
 
@@ -183,7 +195,7 @@ def test_error_against_torch(kernel_device):
     _, G, V, A = layers[0]
     own = (G @ (V @ A)).double()
     E = expected(G, V, A)
-    kron_matmul.launch(*columns(layers), tile=Tile(128, 64, 8, 3), precision="tf32x3")
+    launch(*columns(layers), Tile(128, 64, 8, 3), "tf32x3")
     check(layers, TIMES_TORCH * (own - E).abs().max().item() / E.abs().max().item())
 
 
@@ -201,6 +213,43 @@ def test_operator_on_a_gpu():
     layers += [layer(900, 700, device="cuda"), layer(40, 35, (2,), torch.float64, True, device="cuda")]
     ops.kron_matmul_(*columns(layers))
     check(layers)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_dots(precondition, batch):
+    """<out, V> before a column and from it on, for layers of several shapes; the same bits again."""
+    layers = [layer(40, 35, batch), layer(9, 70, batch), layer(40, 35, batch)]
+    for i, (_, G, V, _) in enumerate(layers):
+        G *= i + 1
+        V += i
+    splits = [34, 70, 34]
+    dots, again = torch.full((2, 3, 2), torch.nan).unbind()
+    precondition(*columns(layers), dots=dots, splits=splits)
+    check(layers)
+    for (_, G, V, A), split, (before, behind) in zip(layers, splits, dots.tolist(), strict=True):
+        terms = expected(G, V, A) * V.double()
+        scale = 1e-5 * terms.abs().sum().item()
+        assert abs(before - terms[..., :split].sum().item()) <= scale
+        assert abs(behind - terms[..., split:].sum().item()) <= scale
+    precondition(*columns(layers), dots=again, splits=splits)
+    assert torch.equal(dots, again)
+
+
+def test_dots_of_other_dtypes():
+    layers = [layer(7, 5), layer(6, 5, dtype=torch.float64), layer(4, 3, G_diagonal=True)]
+    dots = torch.empty(3, 2, dtype=torch.float64)
+    ops.kron_matmul_(*columns(layers), dots=dots)
+    check(layers)
+    for (_, G, V, A), (before, behind) in zip(layers, dots.tolist(), strict=True):
+        assert abs(before - (expected(G, V, A) * V.double()).sum().item()) < 1e-4
+        assert behind == 0
+
+
+def test_empty_matrices_have_no_dot(interpreter):
+    out, G, V, A = (torch.empty(shape) for shape in ((0, 5), (0, 0), (0, 5), (5, 5)))
+    dots = torch.full((1, 2), torch.nan)
+    launch([out], [G], [V], [A], dots=dots)
+    assert not dots.any()
 
 
 def test_out_at_an_address_of_V(precondition):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kfac_triton import ops
-from kfac_triton.kernels import _launch, kron_matmul, syrk
 
 
 def scalar(value: float = 0.5) -> Tensor:
@@ -20,7 +19,8 @@ def scalar(value: float = 0.5) -> Tensor:
 
 def syrk_arguments(batch=(), bias=True, dtype=torch.float32):
     torch.manual_seed(0)
-    return torch.eye(5).repeat(*batch, 1, 1), torch.randn(*batch, 6, 5 - bias).to(dtype), scalar(0.3), scalar(0.7), bias
+    X = torch.randn(*batch, 6, 5 - bias).to(dtype)
+    return [torch.eye(5).repeat(*batch, 1, 1)], [X], [scalar(0.3)], [scalar(0.7)], [bias]
 
 
 def kron_arguments():
@@ -32,11 +32,44 @@ def kron_arguments():
 
 @pytest.mark.parametrize("arguments", [syrk_arguments(), syrk_arguments((2,), False, torch.bfloat16)])
 def test_opcheck_syrk(arguments):
+    ops.load()
     torch.library.opcheck(torch.ops.kfac_triton.syrk_.default, arguments)
 
 
-def test_opcheck_kron_matmul():
-    torch.library.opcheck(torch.ops.kfac_triton.kron_matmul_.default, kron_arguments())
+def spd(d: int) -> Tensor:
+    torch.manual_seed(0)
+    X = torch.randn(3 * d, d)
+    return X.mT @ X / len(X) + 0.1 * torch.eye(d)
+
+
+def arguments_of(name: str) -> tuple:
+    """Arguments of an operator as its schema has them."""
+    torch.manual_seed(0)
+    if name == "kron_matmul_":
+        return (*kron_arguments(), False, torch.zeros(2, 2), [3, 4])
+    if name == "conv_syrk_":
+        window = [3, 2, 1, 2, 1, 0, 1, 1, 1, 1]
+        return [torch.eye(13)], [torch.randn(2, 2, 5, 6)], [scalar(0.3)], [scalar(0.7)], [True], window
+    if name == "eigen_scale_":
+        out, V = [torch.zeros(3, 4)], [torch.randn(3, 4)]
+        return out, [torch.eye(3)], V, [torch.eye(4)], [torch.ones(3)], [torch.ones(4)], [scalar()]
+    if name == "fused_update_":
+        W, buffer, V = (torch.randn(3, 2, 4) for _ in range(3))
+        return [W], [buffer], [V], [scalar()], [scalar()], [scalar()], [scalar()]
+    return [torch.linalg.inv(spd(5)).contiguous()], [1.1 * spd(5)], torch.zeros(1)
+
+
+OPERATORS = ["kron_matmul_", "conv_syrk_", "eigen_scale_", "fused_update_", "newton_schulz_"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    ops.load()
+    torch.library.opcheck(getattr(torch.ops.kfac_triton, name).default, arguments_of(name))
+
+
+def test_opcheck_bf16():
+    ops.load()
     torch.library.opcheck(torch.ops.kfac_triton.kron_matmul_.default, (*kron_arguments(), True))
 
 
@@ -45,11 +78,11 @@ def test_compiles_without_a_graph_break(backend):
     """The written tensors are read again inside the graph, so a lost mutation would show."""
 
     def step(F, X, alpha, beta, out, G_inv, V, A_inv):
-        ops.syrk_(F, X, alpha, beta, bias=True)
+        ops.syrk_([F], [X], [alpha], [beta], bias=[True])
         ops.kron_matmul_(out, G_inv, V, A_inv)
         return F * 2, [o * 2 for o in out]
 
-    F, X, alpha, beta, _ = syrk_arguments()
+    (F,), (X,), (alpha,), (beta,), _ = syrk_arguments()
     eager = step(F.clone(), X, alpha, beta, *kron_arguments())
     out, *rest = kron_arguments()
     compiled = torch.compile(step, fullgraph=True, backend=backend)(F, X, alpha, beta, out, *rest)
@@ -57,9 +90,27 @@ def test_compiles_without_a_graph_break(backend):
     torch.testing.assert_close((F * 2, [o * 2 for o in out]), eager, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", OPERATORS[1:])
+def test_the_others_compile_too(name):
+    """Whatever tensor an operator writes is seen afterwards inside the graph, and outside."""
+    ops.load()
+    operator = getattr(torch.ops.kfac_triton, name)
+
+    def step(arguments):
+        operator(*arguments)
+        return [t * 2 for t in arguments[0]]
+
+    eager, compiled = arguments_of(name), arguments_of(name)
+    expected = step(eager)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(compiled), expected)
+    torch.testing.assert_close(compiled[0], eager[0])
+    if name == "newton_schulz_":
+        torch.testing.assert_close(compiled[2], eager[2])
+
+
 def test_a_new_alpha_does_not_recompile():
     counter = torch._dynamo.testing.CompileCounter()
-    step = torch.compile(lambda F, X, a, b: ops.syrk_(F, X, a, b), fullgraph=True, backend=counter)
+    step = torch.compile(lambda F, X, a, b: ops.syrk_([F], [X], [a], [b]), fullgraph=True, backend=counter)
     for alpha in (0.1, 0.2, 1.0):
         step(torch.zeros(3, 3), torch.ones(4, 3), scalar(alpha), scalar(0.0))
     assert counter.frame_count == 1
@@ -67,21 +118,28 @@ def test_a_new_alpha_does_not_recompile():
 
 F5, X4, V34 = torch.zeros(5, 5), torch.zeros(6, 4), torch.zeros(3, 4)
 
+
+def syrk(F, X, alpha=None, beta=None, bias=False, **options):
+    a, b = scalar() if alpha is None else alpha, scalar() if beta is None else beta
+    return lambda: ops.syrk_([F], [X], [a], [b], bias=[bias], **options)
+
+
 SYRK_MISTAKES = {
-    "F has shape (5, 5); allowed: (4, 4), from X (6, 4) and bias=False": lambda: ops.syrk_(F5, X4, scalar(), scalar()),
-    "F has shape (5, 5); allowed: (2, 5, 5)": lambda: ops.syrk_(F5, torch.zeros(2, 6, 5), scalar(), scalar()),
-    "X has shape (4,); allowed: (n, d)": lambda: ops.syrk_(F5, torch.zeros(4), scalar(), scalar()),
-    "X has shape (6, 0); allowed": lambda: ops.syrk_(
-        torch.zeros(1, 1), torch.zeros(6, 0), scalar(), scalar(), bias=True
-    ),
-    "F has dtype torch.bfloat16": lambda: ops.syrk_(F5.bfloat16(), X4, scalar(), scalar(), bias=True),
-    "X has dtype torch.int64": lambda: ops.syrk_(F5, X4.long(), scalar(), scalar(), bias=True),
-    "F has column stride 2": lambda: ops.syrk_(torch.zeros(5, 10)[:, ::2], X4, scalar(), scalar(), bias=True),
-    "X is on meta": lambda: ops.syrk_(F5, X4.to("meta"), scalar(), scalar(), bias=True),
-    "alpha is 0.5; allowed: a 0-d tensor on cpu": lambda: ops.syrk_(F5, X4, 0.5, scalar(), bias=True),
-    "beta is torch.int64 of shape ()": lambda: ops.syrk_(F5, X4, scalar(), torch.tensor(1), bias=True),
-    "beta is torch.float32 of shape (1,)": lambda: ops.syrk_(F5, X4, scalar(), torch.ones(1), bias=True),
-    "alpha is on meta": lambda: ops.syrk_(F5, X4, scalar().to("meta"), scalar(), bias=True),
+    "F[0] has shape (5, 5); allowed: (4, 4), from X (6, 4), bias=False": syrk(F5, X4),
+    "F[0] has shape (5, 5); allowed: (2, 6, 6)": syrk(F5, torch.zeros(2, 6, 5), bias=True),
+    "X[0] has shape (4,); allowed: (n, d)": syrk(F5, torch.zeros(4)),
+    "X[0] has shape (6, 0); allowed": syrk(torch.zeros(1, 1), torch.zeros(6, 0), bias=True),
+    "F[0] has dtype torch.bfloat16": syrk(F5.bfloat16(), X4, bias=True),
+    "X[0] has dtype torch.int64": syrk(F5, X4.long(), bias=True),
+    "F[0] has column stride 2": syrk(torch.zeros(5, 10)[:, ::2], X4, bias=True),
+    "X[0] is on meta": syrk(F5, X4.to("meta"), bias=True),
+    "alpha[0] is 0.5; allowed: a 0-d tensor on cpu": syrk(F5, X4, 0.5, bias=True),
+    "beta[0] is torch.int64 of shape ()": syrk(F5, X4, beta=torch.tensor(1), bias=True),
+    "beta[0] is torch.float32 of shape (1,)": syrk(F5, X4, beta=torch.ones(1), bias=True),
+    "alpha[0] is on meta": syrk(F5, X4, scalar().to("meta"), bias=True),
+    "X has 2 entries; allowed: 1, as F has": lambda: ops.syrk_([F5], [X4, X4], [scalar()], [scalar()]),
+    "precision is 'fp8'; allowed: ieee, tf32, tf32x3, bf16x6": syrk(F5, X4, bias=True, precision="fp8"),
+    "backend is 'cuda'; allowed: triton, torch, or None": syrk(F5, X4, bias=True, backend="cuda"),
 }
 
 KRON_MISTAKES = {
@@ -113,80 +171,73 @@ def test_kron_matmul_refuses(message):
     assert message in str(error.value)
 
 
-def test_no_layers():
+IMAGE, W = torch.zeros(2, 4, 5, 5), torch.zeros(3, 1, 4)
+WINDOW = (3, 3, 1, 1, 0, 0, 0, 0, 1, 1)
+
+
+def update(W=W, buffer=(), V=W, lr=None):
+    return lambda: ops.fused_update_(
+        [W], buffer, [V], *[[scalar() if s is None else s] for s in (None, lr, None, None)]
+    )
+
+
+def eigen(**changed):
+    given = {"out": V34, "Q_G": torch.zeros(3, 3), "V": V34.clone(), "Q_A": torch.zeros(4, 4)}
+    given |= {"lambda_G": torch.ones(3), "lambda_A": torch.ones(4), "damping": scalar()} | changed
+    return lambda: ops.eigen_scale_(*([value] for value in given.values()))
+
+
+OTHER_MISTAKES = {
+    "F[0] has shape (5, 5); allowed: (36, 36)": lambda: ops.conv_syrk_(
+        [F5], [ops.Patches(IMAGE, WINDOW, 1)], [scalar()], [scalar()]
+    ),
+    "P[0] has an image of shape (2, 4, 5, 5), 3 groups and a window of 10 numbers; allowed: (N, C, H, W), a divisor of "
+    "C, and ten": lambda: ops.conv_syrk_([F5], [ops.Patches(IMAGE, WINDOW, 3)], [scalar()], [scalar()]),
+    "dots has shape (2, 2); allowed: (1, 2)": lambda: ops.kron_matmul_(
+        [V34], [torch.zeros(3, 3)], [V34.clone()], [torch.zeros(4, 4)], dots=torch.zeros(2, 2)
+    ),
+    "splits has 2 entries; allowed: 1, as out has": lambda: ops.kron_matmul_(
+        [V34], [torch.zeros(3, 3)], [V34.clone()], [torch.zeros(4, 4)], splits=[1, 2]
+    ),
+    "Q_A[0] has shape (4,); allowed: (4, 4)": eigen(Q_A=torch.zeros(4)),
+    "lambda_G[0] has shape (4,); allowed: (3,)": eigen(lambda_G=torch.ones(4)),
+    "damping[0] is 0.5; allowed: a 0-d tensor on cpu": eigen(damping=0.5),
+    "W[0] has shape (3, 4); allowed: (rows, taps, channels)": update(V34, V=V34),
+    "V[0] has shape (3, 1, 5); allowed: (3, 1, 4)": update(V=torch.zeros(3, 1, 5)),
+    "buffer[0] has dtype torch.bfloat16; allowed: torch.float32": update(buffer=[W.bfloat16()]),
+    "lr[0] is 0.1; allowed: a 0-d tensor on cpu": update(lr=0.1),
+    "X[0] has shape (3, 4); allowed: (d, d) or (B, d, d)": lambda: ops.newton_schulz_([V34], [V34], torch.zeros(1)),
+    "X[0] has column stride 5; allowed: 1": lambda: ops.newton_schulz_([spd(5).mT], [F5], torch.zeros(1)),
+    "residual has shape (2,); allowed: (1,)": lambda: ops.newton_schulz_([F5], [F5.clone()], torch.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("message", OTHER_MISTAKES)
+def test_the_others_refuse(message):
+    with pytest.raises(ValueError) as error:
+        OTHER_MISTAKES[message]()
+    assert message in str(error.value)
+
+
+def test_nothing_to_do():
+    """Empty lists are no mistake: a model may have no layer of a kind."""
+    ops.syrk_([], [], [], [])
+    ops.conv_syrk_([], [], [], [])
     ops.kron_matmul_([], [], [], [])
+    ops.eigen_scale_([], [], [], [], [], [], [])
+    ops.fused_update_([], [], [], [], [], [], [])
+    ops.newton_schulz_([], [], torch.zeros(0))
 
 
-def test_the_backend_variable(monkeypatch):
-    monkeypatch.setattr(_launch, "triton", object())
-    for value, with_default, without in [("", True, False), ("triton", True, True), ("torch", False, False)]:
-        monkeypatch.setenv("KFAC_TRITON_BACKEND", value)
-        assert (_launch.prefers_triton(True), _launch.prefers_triton(False)) == (with_default, without)
-    monkeypatch.setenv("KFAC_TRITON_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="KFAC_TRITON_BACKEND is 'cuda'; allowed: triton, torch"):
-        _launch.prefers_triton(True)
-    monkeypatch.setattr(_launch, "triton", None)
-    monkeypatch.setenv("KFAC_TRITON_BACKEND", "triton")
-    with pytest.raises(ValueError, match="triton is not installed"):
-        _launch.prefers_triton(True)
-    monkeypatch.setenv("KFAC_TRITON_BACKEND", "")
-    assert not _launch.prefers_triton(True)
-
-
-def test_the_tile_is_the_largest_that_fills_the_device():
-    def choose(d: int, batch: int = 1) -> tuple[int, bool]:
-        F, X = torch.empty(batch, d, d), torch.empty(batch, 8, d)
-        tile, fills = syrk._choose(F, X)
-        return tile.block, fills
-
-    assert choose(64) == (32, False)
-    assert choose(512) == (32, True)
-    assert choose(1024) == (64, True)
-    assert choose(2048) == (128, True)
-    assert choose(64, batch=200) == (64, True)
-    assert choose(8, batch=200) == (32, True)
-    tile, _ = syrk._choose(torch.empty(2048, 2048), torch.empty(2048, 8).mT)
-    assert tile.block == 64
-
-
-def test_syrk_on_a_gpu_chooses(monkeypatch):
-    """The rule behind the CUDA key, both ends replaced: float64 never goes to Triton, a small matrix goes to torch."""
-    chosen = []
-    monkeypatch.setattr(_launch, "triton", object())
-    monkeypatch.delenv("KFAC_TRITON_BACKEND", raising=False)
-    monkeypatch.setattr(syrk, "launch", lambda *args: chosen.append("triton"))
-    monkeypatch.setattr(syrk, "without_sync", lambda *args: chosen.append("torch"))
-    large, small = torch.empty(1024, 1024), torch.empty(64, 64)
-    for F in (large, small, large.double()):
-        syrk._on_gpu(F, F, scalar(), scalar(), False)
-    monkeypatch.setenv("KFAC_TRITON_BACKEND", "triton")
-    syrk._on_gpu(small, small, scalar(), scalar(), False)
-    syrk._on_gpu(small.double(), small, scalar(), scalar(), False)
-    monkeypatch.setenv("KFAC_TRITON_BACKEND", "torch")
-    syrk._on_gpu(large, large, scalar(), scalar(), False)
-    assert chosen == ["triton", "torch", "torch", "triton", "torch", "torch"]
-
-
-def test_kron_matmul_on_a_gpu_chooses(monkeypatch):
-    """Buckets of many small dense float32 layers go to Triton, everything else to torch, and nothing is left out."""
-    chosen = {"triton": [], "torch": []}
-    monkeypatch.setattr(_launch, "triton", object())
-    monkeypatch.delenv("KFAC_TRITON_BACKEND", raising=False)
-    monkeypatch.setattr(kron_matmul, "launch", lambda out, *_: chosen["triton"].extend(out))
-    monkeypatch.setattr(kron_matmul, "reference", lambda out, *_: chosen["torch"].extend(out))
-
-    def layers(count, d_out, d_in, dtype=torch.float32, G_axes=2):
-        shapes = [(d_out, d_in), (d_out,) * G_axes, (d_out, d_in), (d_in, d_in)]
-        return [tuple(torch.empty(shape, dtype=dtype) for shape in shapes) for _ in range(count)]
-
-    grouped = layers(4, 8, 9)
-    rest = layers(3, 9, 8) + layers(4, 600, 5) + layers(5, 8, 9, torch.float64) + layers(5, 8, 9, G_axes=1)
-    kron_matmul._on_gpu(*(list(column) for column in zip(*grouped, *rest, strict=True)))
-    assert {id(o) for o in chosen["triton"]} == {id(layer[0]) for layer in grouped}
-    assert {id(o) for o in chosen["torch"]} == {id(layer[0]) for layer in rest}
-    chosen["torch"].clear()
-    kron_matmul._on_gpu(*(list(column) for column in zip(*grouped, strict=True)), bf16=True)
-    assert {id(o) for o in chosen["torch"]} == {id(layer[0]) for layer in grouped}
+@pytest.mark.parametrize("shape", [(16, 16), (17, 17), (3, 5, 5)])
+def test_padded_matrices(shape):
+    t = torch.randn(shape)
+    found = ops.padded(t)
+    assert torch.equal(found, t) and ops.padded(found) is found
+    around = ops.whole(found)
+    D = around.shape[-1]
+    assert D % 16 == 0 and D - shape[-1] < 16 and around.is_contiguous()
+    assert torch.equal(around[..., : shape[-1], : shape[-1]], t) and around.count_nonzero() == t.count_nonzero()
 
 
 WITHOUT_TRITON = """
@@ -200,7 +251,7 @@ WITHOUT_TRITON = """
     # The first use is inside a compiled function, so the kernels are loaded while it is traced.
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(F, X, alpha, beta, out, G_inv, V, A_inv):
-        ops.syrk_(F, X, alpha, beta)
+        ops.syrk_([F], [X], [alpha], [beta])
         ops.kron_matmul_(out, G_inv, V, A_inv)
 
     X, F, out = torch.randn(6, 3), torch.full((3, 3), torch.nan), [torch.empty(6, 3)]

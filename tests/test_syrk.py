@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kfac_triton import ops
-from kfac_triton.kernels import syrk
-from kfac_triton.kernels._launch import Tile, jit, tl
+from kfac_triton.kernels import _symmetric, syrk
+from kfac_triton.kernels._launch import jit, tl
+from kfac_triton.kernels.tiles import Choice, Tile
 
 # Error allowed, relative to the largest entry: half inputs are taken as they were rounded, and summed in float32.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6, torch.float64: 1e-13}
@@ -22,12 +23,20 @@ SMALL = Tile(32, 32, 4, 3)
 SIZES = [(70, 40), (64, 64), (33, 31), (1, 32), (40, 97)]
 
 
-@pytest.fixture(params=["reference", "without_sync", "triton"])
+def launch(F, X, alpha, beta, bias, tile=SMALL, parts=1, precision="ieee") -> None:
+    syrk.launch([syrk.Entry(F, X, alpha, beta, bias)], choice=Choice(tile, parts), precision=precision)
+
+
+def split(*args) -> None:
+    launch(*args, parts=3)
+
+
+@pytest.fixture(params=["reference", "without_sync", "triton", "split"])
 def update(request):
-    """Each implementation, for CPU tensors."""
-    if request.param == "triton":
+    """Each implementation, for CPU tensors; the kernel also with its sum in three parts."""
+    if request.param in ("triton", "split"):
         request.getfixturevalue("interpreter")
-        return lambda *args: syrk.launch(*args, tile=SMALL, precision="ieee")
+        return launch if request.param == "triton" else split
     return getattr(syrk, request.param)
 
 
@@ -60,11 +69,12 @@ def check(F: Tensor, E: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(("n", "d"), SIZES)
-def test_kernel_matches_float64(kernel_device, n, d, dtype, bias):
+def test_kernel_matches_float64(kernel_device, n, d, parts, dtype, bias):
     F, X = make(n, d, bias, dtype, device=kernel_device)
     E = expected(F, X, 0.3, 0.7, bias)
-    syrk.launch(F, X, *scalars(0.3, 0.7, kernel_device), bias, tile=SMALL, precision="ieee")
+    launch(F, X, *scalars(0.3, 0.7, kernel_device), bias, parts=parts)
     check(F, E, TOLERANCE[dtype])
 
 
@@ -74,7 +84,8 @@ def test_every_shipped_tile(kernel_device, size, dtype):
     tile = syrk.TILES["float32" if dtype == torch.float32 else "half"][size]
     F, X = make(150, 2 * tile.block + 9, True, dtype, device=kernel_device)
     E = expected(F, X, 0.3, 0.7, True)
-    syrk.launch(F, X, *scalars(0.3, 0.7, kernel_device), True, tile=tile)
+    precision = "tf32x3" if torch.version.hip is None else None
+    launch(F, X, *scalars(0.3, 0.7, kernel_device), True, tile, precision=precision)
     check(F, E, TOLERANCE[dtype])
 
 
@@ -138,7 +149,7 @@ def test_no_address_beyond_the_arguments(strays, bias):
     D = d + bias
     around_X, around_F = torch.zeros(n + 80, d + 50), torch.zeros(D + 80, D + 50)
     X, F = around_X[40 : 40 + n, 7 : 7 + d], around_F[40 : 40 + D, 7 : 7 + D]
-    syrk.launch(F, X, *scalars(0.3, 0.7), bias, tile=SMALL)
+    launch(F, X, *scalars(0.3, 0.7), bias, parts=2)
     assert strays(around_X, X) == 0
     assert strays(around_F, F) == 0
 
@@ -179,7 +190,7 @@ def test_a_non_finite_row_shows(update):
 def test_program_order_does_not_matter(program_order, bias):
     F, X = make(45, 100, bias)
     E = expected(F, X, 0.3, 0.7, bias)
-    syrk.launch(F, X, *scalars(0.3, 0.7), bias, tile=SMALL)
+    launch(F, X, *scalars(0.3, 0.7), bias, parts=2)
     check(F, E, TOLERANCE[torch.float32])
 
 
@@ -187,7 +198,7 @@ def test_tf32x3_is_symmetric_and_as_exact_as_float32(kernel_device):
     """Its cross terms are added in an order that differs between (i, j) and (j, i), even within a diagonal tile."""
     F, X = make(500, 90, True, device=kernel_device)
     E, own = expected(F, X, 0.3, 0.7, True), F.clone()
-    syrk.launch(F, X, *scalars(0.3, 0.7, kernel_device), True, tile=Tile(128, 32, 8, 3), precision="tf32x3")
+    launch(F, X, *scalars(0.3, 0.7, kernel_device), True, Tile(128, 32, 8, 3), precision="tf32x3")
     syrk.without_sync(own, X, *scalars(0.3, 0.7, kernel_device), True)
     check(F, E, TIMES_TORCH * (own.double() - E).abs().max().item() / E.abs().max().item())
 
@@ -199,7 +210,7 @@ def test_operator_on_a_gpu():
         for d in (40, 1000):
             F, X = make(300, d, True, dtype, device="cuda")
             E = expected(F, X, 0.3, 0.7, True)
-            ops.syrk_(F, X, *scalars(0.3, 0.7, "cuda"), bias=True)
+            ops.syrk_([F], [X], *([s] for s in scalars(0.3, 0.7, "cuda")), bias=[True])
             check(F, E, TOLERANCE[dtype])
 
 
@@ -215,7 +226,7 @@ def test_offsets_beyond_32_bits(interpreter, axis):
     X = memory.as_strided((3, 2) if axis == "rows" else (2, 3), (stride, 1) if axis == "rows" else (1, stride), half)
     X.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).view(X.shape))
     F = torch.zeros(X.shape[1], X.shape[1])
-    syrk.launch(F, X, *scalars(1.0, 0.0), False, tile=Tile(16, 16, 4, 2))
+    launch(F, X, *scalars(1.0, 0.0), False, Tile(16, 16, 4, 2))
     check(F, expected(F, X, 1.0, 0.0, False), 0.0)
 
 
@@ -243,7 +254,7 @@ def test_reference_across_blocks(n, batch):
 def test_operator_on_ragged_sizes(n, d, batch, bias, dtype, alpha, beta):
     F, X = make(n, d, bias, dtype, batch)
     E = expected(F, X, alpha, beta, bias)
-    ops.syrk_(F, X, *(s.double() for s in scalars(alpha, beta)), bias=bias)
+    ops.syrk_([F], [X], *([s.double()] for s in scalars(alpha, beta)), bias=[bias])
     check(F, E, TOLERANCE[dtype] if dtype != torch.float64 else 1e-7)  # beta was rounded to float32
 
 
@@ -264,23 +275,143 @@ def test_autocast_does_not_round(update):
 
 
 def test_interpreter_repair(interpreter):
-    """What the interpreted tests rest on: bfloat16 dots are right, TF32 rounds, three TF32 products do not."""
+    """What the interpreted tests rest on: bfloat16 dots are right, TF32 rounds, several products together do not."""
     errors = {}
-    for dtype, precision in [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3")]:
+    for dtype, precision in [(torch.bfloat16, "ieee"), *((torch.float32, p) for p in ("tf32", "tf32x3", "bf16x6"))]:
         F, X = make(64, 64, False, dtype)
         E = expected(F, X, 1.0, 0.0, False)
-        syrk.launch(F, X, *scalars(1.0, 0.0), False, tile=Tile(64, 64, 4, 3), precision=precision)
+        launch(F, X, *scalars(1.0, 0.0), False, Tile(64, 64, 4, 3), precision=precision)
         errors[dtype, precision] = ((F.double() - E).abs().max() / E.abs().max()).item()
     assert errors[torch.bfloat16, "ieee"] < 1e-6
     assert 1e-5 < errors[torch.float32, "tf32"] < 1e-3
     assert errors[torch.float32, "tf32x3"] < 1e-6
+    assert errors[torch.float32, "bf16x6"] < 1e-6
+
+
+def test_the_sum_in_parts_is_the_sum_whatever_the_order(program_order):
+    """Parts in other orders of the programs, and more parts than steps: the same bits."""
+    F, X = make(100, 40, True)
+    once, again = F.clone(), F.clone()
+    launch(once, X, *scalars(0.3, 0.7), True, parts=5)
+    launch(again, X, *scalars(0.3, 0.7), True, parts=5)
+    assert torch.equal(once, again)
+    check(once, expected(F, X, 0.3, 0.7, True), TOLERANCE[torch.float32])
+    launch(again.copy_(F), X, *scalars(0.3, 0.7), True, parts=32)
+    check(again, expected(F, X, 0.3, 0.7, True), TOLERANCE[torch.float32])
+
+
+def test_unwritten_parts_are_not_read(interpreter, monkeypatch):
+    """The workspace comes as it is; alpha = 0 leaves it so."""
+    monkeypatch.setattr(syrk, "workspace_for", lambda *args: _symmetric.workspace_for(*args).fill_(torch.nan))
+    F, X = make(150, 70, True)
+    before = F.clone()
+    launch(F, X, *scalars(0.0, 0.5), True, parts=3)
+    assert torch.equal(F, before * 0.5)
+    launch(F.copy_(before), X, *scalars(0.3, 0.7), True, parts=3)
+    check(F, expected(before, X, 0.3, 0.7, True), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_images(update, batch, channels_last):
+    """An axis of images before the rows: gradients of a convolution as they lie in memory."""
+    torch.manual_seed(0)
+    images = torch.randn(*batch, 3, 35, 40) if channels_last else torch.randn(*batch, 3, 40, 36).mT
+    F = torch.randn(*batch, 41, 41)
+    F = F + F.mT
+    E = expected(F, images.flatten(-3, -2), 0.3, 0.7, True)
+    update(F, images, *scalars(0.3, 0.7), True)
+    check(F, E, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", ["rows", "columns"])
+def test_descriptors(interpreter, order, dtype, parts):
+    """Loads by the TMA unit: ragged in the other direction than the one that must be whole."""
+    F, X = make(72, 48, True, dtype) if order == "rows" else make(40, 33, True, dtype)
+    X = X if order == "rows" else X.mT.contiguous().mT
+    E = expected(F, X, 0.3, 0.7, True)
+    assert syrk.takes_descriptors(X.unsqueeze(0))
+    launch(F, X, *scalars(0.3, 0.7), True, Tile(32, 32, 4, 3, True), parts)
+    check(F, E, TOLERANCE[dtype])
+
+
+def test_many_averages_in_one_call(kernel_device):
+    """Buckets of equal shapes, each with scalars of its own; nothing is left out and nothing mixed up."""
+    entries = []
+    for i, (n, d, bias, dtype) in enumerate([(70, 40, True, torch.float32), (33, 31, False, torch.bfloat16)] * 3):
+        F, X = make(n, d, bias, dtype, device=kernel_device)
+        entries.append((F * (i + 1), X + i, *scalars(0.1 * i, 0.2 * i, kernel_device), bias))
+    wanted = [expected(F, X, float(a), float(b), bias) for F, X, a, b, bias in entries]
+    *lists, bias = map(list, zip(*entries, strict=True))
+    ops.syrk_(*lists, bias=bias, backend="triton")
+    for (F, *_), E in zip(entries, wanted, strict=True):
+        check(F, E, 3e-6)
+
+
+def test_one_average_twice_is_refused():
+    F, X = make(6, 5, False)
+    a, b = scalars(0.3, 0.7)
+    with pytest.raises(ValueError, match=r"F\[1\] starts at the address of F\[0\]; allowed: each once in a call"):
+        ops.syrk_([F, F], [X, X], [a, a], [b, b])
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_element_is_written_twice_or_read_once_written(interpreter, monkeypatch, bias, parts):
+    """What a rectangular tile with mirrored stores breaks: it would decay the elements around the diagonal twice."""
+    F, X = make(100, 100, bias)
+    written: list[np.ndarray] = []
+    load, store = interpreter.create_masked_load, interpreter.create_masked_store
+
+    def within(ptrs, mask):
+        addresses = np.atleast_1d(ptrs.data)[np.atleast_1d(mask.data).astype(bool)].astype(np.int64).ravel()
+        return addresses[(addresses >= F.data_ptr()) & (addresses < F.data_ptr() + F.nbytes)]
+
+    def create_masked_load(self, ptrs, mask, *rest):
+        if written:
+            assert not np.isin(within(ptrs, mask), np.concatenate(written)).any(), "reads what was written"
+        return load(self, ptrs, mask, *rest)
+
+    def create_masked_store(self, ptrs, value, mask, *rest):
+        written.append(within(ptrs, mask))
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter, "create_masked_load", create_masked_load)
+    monkeypatch.setattr(interpreter, "create_masked_store", create_masked_store)
+    launch(F, X, *scalars(0.3, 0.7), bias, parts=parts)
+    every = np.concatenate(written)
+    assert len(every) == len(np.unique(every)) == F.numel()
+
+
+def test_padded_averages_keep_their_zeros(update):
+    F, X = make(45, 40, True)
+    E = expected(F, X, 0.3, 0.7, True)
+    F = ops.padded(F)
+    assert F.stride() == (48, 1) and ops.padded(F) is F
+    update(F, X, *scalars(0.3, 0.7), True)
+    check(F, E, TOLERANCE[torch.float32])
+    around = ops.whole(F)
+    assert not around[41:].any() and not around[:, 41:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_against_torch(kernel_device, dtype):
+    """At most a few times that of torch's own product in the same dtype, for sums of many terms."""
+    F, X = make(700, 70, False, dtype, device=kernel_device)
+    E = expected(F, X, 1.0, 0.0, False)
+    own = (X.mT @ X).double()
+    precision = "tf32x3" if dtype == torch.float32 and torch.version.hip is None else None
+    launch(F, X, *scalars(1.0, 0.0, kernel_device), False, Tile(64, 32, 4, 3), 2, precision)
+    assert (F.double() - E).abs().max() <= TIMES_TORCH * (own - E).abs().max()
 
 
 @jit
 def triangle_probe(rows, columns, indices, COUNT: tl.constexpr):
     """Writes the row and column of each index."""
     at = tl.arange(0, COUNT)
-    i, j = syrk._triangle(tl.load(indices + at))
+    i, j = _symmetric.triangle(tl.load(indices + at))
     tl.store(rows + at, i)
     tl.store(columns + at, j)
 

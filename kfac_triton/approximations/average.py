@@ -12,42 +12,62 @@ In the state of a weight, for its factor `A` (and `G` likewise): `A`, the averag
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfac_triton import factors, ops
+from kfac_triton.factors import Accumulation
+from kfac_triton.ops import Rows
 
 CAPACITY = 256  # rows that wait, at most; for a factor 1000 wide a quarter of its own memory
 
 
-def update_(
-    state: dict[str, Any],
-    name: str,
-    rows: list[Tensor],
-    alpha: Tensor,
-    beta: Tensor,
-    *,
-    bias: bool,
-    diagonal: bool,
-    at_once: bool,
-) -> None:
-    """F <- beta F + alpha * sum over the row matrices X of X^T X; with `bias`, of [X, 1]^T [X, 1].
+class Update(NamedTuple):
+    """F <- beta F + alpha * sum over the row matrices X of X^T X; with `bias`, of [X, 1]^T [X, 1]; F is state[name].
 
-    alpha = 0 lets no X in, whatever it holds. Up to CAPACITY / 2 rows wait for a later product, but for `at_once`.
+    alpha = 0 lets no X in, whatever it holds.
     """
-    n = sum(X.shape[-2] for X in rows)
-    if at_once or diagonal or n > CAPACITY // 2 or any(X.dim() > 2 for X in rows):
-        settle_(state, name)
-        factors.accumulate_(state[name], rows, alpha, beta, bias=bias, diagonal=diagonal)
-        return
-    if state.get(f"{name}_waiting", 0) + n > CAPACITY:
-        settle_(state, name)
-    _put_off_(state, name, rows, alpha, beta, bias)
+
+    state: dict[str, Any]
+    name: str
+    rows: Sequence[Rows]
+    alpha: Tensor
+    beta: Tensor
+    bias: bool
+    diagonal: bool
 
 
-def _put_off_(state: dict[str, Any], name: str, rows: list[Tensor], alpha: Tensor, beta: Tensor, bias: bool) -> None:
+def update_(updates: Sequence[Update], *, at_once: bool) -> None:
+    """Updates many averages. Up to CAPACITY / 2 rows of each wait for a later product, but for `at_once`."""
+    thin = [] if at_once else [update for update in updates if _is_thin(update)]
+    waiting = {id(update) for update in thin}
+    thick = [update for update in updates if id(update) not in waiting]
+    full = [update for update in thin if _waiting(update) + _count(update) > CAPACITY]
+    settle_([(update.state, update.name) for update in (*thick, *full)])
+    factors.accumulate_([Accumulation(update.state[update.name], *update[2:]) for update in thick])
+    for update in thin:
+        _put_off_(update)
+
+
+def _waiting(update: Update) -> int:
+    return int(update.state.get(f"{update.name}_waiting", 0))
+
+
+def _count(update: Update) -> int:
+    axes = update.state[update.name].dim() + int(update.diagonal)
+    return sum(factors.rows_in(X, axes) for X in update.rows)
+
+
+def _is_thin(update: Update) -> bool:
+    matrices = all(isinstance(X, Tensor) and X.dim() == 2 for X in update.rows)
+    return matrices and not update.diagonal and _count(update) <= CAPACITY // 2
+
+
+def _put_off_(update: Update) -> None:
+    state, name, rows, alpha, beta, bias, _ = update
     F: Tensor = state[name]
     if f"{name}_rows" not in state:
         state[f"{name}_rows"] = F.new_zeros(CAPACITY, len(F))
@@ -59,6 +79,7 @@ def _put_off_(state: dict[str, Any], name: str, rows: list[Tensor], alpha: Tenso
     weights[:first] *= beta
     end = first
     for X in rows:
+        assert isinstance(X, Tensor)
         start, end = end, end + len(X)
         held[start:end, : X.shape[1]] = torch.where(alpha == 0, torch.zeros_like(X), X)
     if bias:
@@ -67,27 +88,31 @@ def _put_off_(state: dict[str, Any], name: str, rows: list[Tensor], alpha: Tenso
     state[f"{name}_waiting"] = end
 
 
-def settle_(state: dict[str, Any], name: str) -> None:
-    """Takes the product of the rows that wait; afterwards state[name] is the average."""
-    if state.get(f"{name}_waiting", 0):
-        _add_waiting_(state[name], state, name)
+def settle_(averages: Sequence[tuple[dict[str, Any], str]]) -> None:
+    """Takes the products of the rows that wait; afterwards state[name] is the average, for each (state, name)."""
+    waiting = [(state, name) for state, name in averages if state.get(f"{name}_waiting", 0)]
+    _add_waiting_([(state[name], state, name) for state, name in waiting])
+    for state, name in waiting:
         state[f"{name}_kept"].fill_(1)
         state[f"{name}_waiting"] = 0
 
 
 def settled(state: dict[str, Any], name: str) -> Tensor:
     """A copy of the average, with the rows that wait; the state stays as it is, to the bit."""
-    F: Tensor = state[name].clone()
-    _add_waiting_(F, state, name)
+    F: Tensor = state[name].clone(memory_format=torch.contiguous_format)
+    if state.get(f"{name}_waiting", 0):
+        _add_waiting_([(F, state, name)])
     return F
 
 
-def _add_waiting_(F: Tensor, state: dict[str, Any], name: str) -> None:
-    waiting = state.get(f"{name}_waiting", 0)
-    if waiting:
+def _add_waiting_(averages: Sequence[tuple[Tensor, dict[str, Any], str]]) -> None:
+    rows = []
+    for _, state, name in averages:
+        waiting = state[f"{name}_waiting"]
         roots = state[f"{name}_weights"][:waiting].sqrt()
-        kept = state[f"{name}_kept"]
-        ops.syrk_(F, state[f"{name}_rows"][:waiting] * roots.unsqueeze(-1), torch.ones_like(kept), kept)
+        rows.append(state[f"{name}_rows"][:waiting] * roots.unsqueeze(-1))
+    kept = [state[f"{name}_kept"] for _, state, name in averages]
+    ops.syrk_([F for F, _, _ in averages], rows, [torch.ones_like(k) for k in kept], kept)
 
 
 def memory(d: int, dtype: torch.dtype) -> int:

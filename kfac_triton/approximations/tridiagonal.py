@@ -72,7 +72,7 @@ def _reached(start: Sequence[Any], stop: Any) -> set[Any]:
 
 
 def _rows(statistics: Statistics) -> int:
-    return sum(a.shape[-2] for a in statistics.a)
+    return sum(factors.rows_in(a, 2) for a in statistics.a)
 
 
 def update_cross_moments(
@@ -101,9 +101,10 @@ def update_cross_moments(
 
 
 def _with_ones(statistics: Statistics) -> list[Tensor]:
+    rows = [a for a in statistics.a if isinstance(a, Tensor)]  # a chain has no convolutions
     if not statistics.ones:
-        return statistics.a
-    return [torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1) for a in statistics.a]
+        return rows
+    return [torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1) for a in rows]
 
 
 def update_links(state: State, layouts: Mapping[nn.Parameter, Layout], damping: Mapping[nn.Parameter, float]) -> None:
@@ -114,7 +115,7 @@ def update_links(state: State, layouts: Mapping[nn.Parameter, Layout], damping: 
         stored = state[weight]
         if "A_inv" not in stored:
             return
-        kronecker.settle(stored)
+        kronecker.settle([stored])
         damped[weight] = factors.damped_factors(stored["A"], stored["G"], damping[weight])
     for weight, after in pairwise(ordered):
         stored, following = state[weight], state[after]

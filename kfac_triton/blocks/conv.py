@@ -1,7 +1,7 @@
 """Convolutions over one and two axes: Kronecker factors for convolution, KFC (Grosse & Martens 2016, section 3).
 
-A row is one output position: a = the patch under the kernel (d_in = C_in / groups * kernel positions, in the order of
-`weight.flatten(1)`), g = dL/dy at that position (d_out = C_out / groups). With a row for each of |T| positions of N
+A row is one output position: a = the patch under the kernel (d_in = kernel positions * C_in / groups, in that order:
+see `layout`), g = dL/dy at that position (d_out = C_out / groups). With a row for each of |T| positions of N
 examples, A = sum a a^T / L carries the factor |T| and G = sum g g^T / (N |T|), the paper's Omega and Gamma.
 A one-dimensional convolution is a two-dimensional one of height 1. Groups are independent blocks.
 """
@@ -15,8 +15,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac_triton import ops
 from kfac_triton.blocks.linear import Resolve
 from kfac_triton.blocks.use import Use
+from kfac_triton.ops import Patches, Rows
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,25 @@ class ConvUse(Use):
             t = t.unsqueeze(0)
         return t.unsqueeze(2) if self.axes == 1 else t
 
+    def _patches(self) -> Patches:
+        window = (*self.kernel, *self.stride, *self.padding, *self.dilation)
+        return Patches(self._image(self.x), window, self.groups)
+
     def a(self) -> Tensor:
-        image = F.pad(self._image(self.x), self.padding) if any(self.padding) else self._image(self.x)
-        patches = F.unfold(image, self.kernel, dilation=self.dilation, stride=self.stride)
-        return self._rows(patches)
+        return self._patches().rows()
+
+    def a_unwritten(self) -> Rows:
+        return self._patches() if ops.takes_patches(self._image(self.x), self.groups) else self.a()
 
     def g(self, dy: Tensor) -> Tensor:
-        return self._rows(self._image(dy).flatten(2))
+        return self.g_by_images(dy).flatten(-3, -2)
 
-    def _rows(self, t: Tensor) -> Tensor:
-        """(N, groups * d, positions) as (N * positions, d), or (groups, N * positions, d)."""
+    def g_by_images(self, dy: Tensor) -> Tensor:
+        positions = self._image(dy).flatten(2)
         if self.groups == 1:
-            return t.transpose(1, 2).reshape(-1, t.shape[1])
-        by_group: Tensor = t.unflatten(1, (self.groups, -1))
-        return by_group.permute(1, 0, 3, 2).flatten(1, 2)
+            return positions.transpose(1, 2)
+        by_group: Tensor = positions.unflatten(1, (self.groups, -1))
+        return by_group.permute(1, 0, 3, 2)
 
 
 def _pair(value: int | Sequence[int], axes: int, fill: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """How a weight and its bias become one matrix of shape (d_out, d_in[+1]), and how that matrix becomes both again.
 
-The bias is the weight of a homogeneous coordinate: the last column. A convolution's weight is flattened behind its
-output channels, in the order of its own axes; with groups > 1 a leading axis holds one matrix for each group.
+The bias is the weight of a homogeneous coordinate: the last column. A convolution's weight (C_out, C, height, width) is
+flattened behind its output channels with the input channels innermost, (height, width, C), so that neighbours in a row
+of A are neighbours in an image whose channels come last; with groups > 1 a leading axis holds a matrix for each group.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Layout:
 
     def join(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Weight and bias (or their gradients) as a matrix (d_out, d_in[+1]), (groups, d_out / groups, d_in[+1])."""
-        matrix = weight.t() if self.transposed else weight.flatten(1)
+        matrix = self.by_taps(weight).flatten(1)
         if self.groups > 1:
             matrix = matrix.unflatten(0, (self.groups, -1))
         if not self.bias:
@@ -60,8 +61,37 @@ class Layout:
         if self.groups > 1:
             weight = weight.flatten(0, 1)
         if self.transposed:
-            weight = weight.t()
+            return weight.t(), bias
+        if len(weight_shape) > 2:
+            weight = weight.unflatten(1, (-1, weight_shape[1])).transpose(1, 2)
         return weight.reshape(weight_shape), bias
+
+    def by_taps(self, parameter: Tensor) -> Tensor:
+        """The weight, or the bias, as (d_out, taps, channels), a view: one tap but for a convolution."""
+        if parameter.dim() == 1:
+            return parameter.view(-1, 1, 1)
+        if self.transposed:
+            return parameter.t().unsqueeze(1)
+        if parameter.dim() == 2:
+            return parameter.unsqueeze(1)
+        return parameter.view(*parameter.shape[:2], -1).transpose(1, 2)
+
+    def parts(self, matrix: Tensor, weight_shape: torch.Size) -> list[Tensor]:
+        """What of a matrix belongs to the weight, and to the bias if there is one, each as `by_taps` has it."""
+        columns = (matrix[..., :-1], matrix[..., -1:]) if self.bias else (matrix,)
+        rows = [part.flatten(0, 1) if self.groups > 1 else part for part in columns]
+        channels = weight_shape[1] if len(weight_shape) > 2 else rows[0].shape[1]
+        return [rows[0].unflatten(1, (-1, channels)), *(part.unsqueeze(1) for part in rows[1:])]
+
+    def in_weight_order(self, A: Tensor, weight_shape: torch.Size) -> Tensor:
+        """A with its rows and columns in the order of `weight.flatten(1)`, the bias still last."""
+        if self.operation != "conv":
+            return A
+        channels = weight_shape[1]
+        order = torch.arange(math.prod(weight_shape[1:]), device=A.device).unflatten(0, (-1, channels)).t().flatten()
+        if self.bias:
+            order = torch.cat([order, order.new_full((1,), len(order))])
+        return A[..., order] if self.diagonal_A else A[..., order, :][..., order]
 
     @property
     def name(self) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kfac_triton.ops import Rows
+
 
 @dataclass(frozen=True)
 class Part:
@@ -72,3 +74,11 @@ class Use(ABC):
     @abstractmethod
     def g(self, dy: Tensor) -> Tensor:
         """Gradients dy of the outputs as rows (n, d_out), or (groups, n, d_out), in the order of `a`."""
+
+    def a_unwritten(self) -> Rows:
+        """`a`, or what a kernel can do with instead of it."""
+        return self.a()
+
+    def g_by_images(self, dy: Tensor) -> Tensor:
+        """`g`, or a view of dy with an axis of images before n, whose rows need no copy."""
+        return self.g(dy)
