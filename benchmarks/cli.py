@@ -191,6 +191,38 @@ def step(
 
 
 @app.command()
+def kernels(
+    only: Annotated[str, typer.Option(help="Comma-separated kernels; default: all.")] = "",
+    seconds: Annotated[float, typer.Option(help="After so many seconds the rest is checked, and not timed.")] = 360.0,
+    out: Annotated[Path, typer.Option(help="Folder of kernels.json and kernels.html.")] = Path("kernels-report"),
+    device: Device = "auto",
+) -> None:
+    """Check every kernel on the device against float64, then time it against torch's libraries: 8 minutes at most."""
+    from kfac_triton.benchmarks import kernels as bench
+    from kfac_triton.benchmarks.environment import find_device
+    from kfac_triton.tuning.errors import Mistake
+
+    found = find_device(device)
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    known = list(dict.fromkeys(case.kernel for case in bench.cases()))
+    strange = [name for name in names if name not in known]
+    if strange:
+        raise Mistake(f"--only {strange[0]}: one of {', '.join(known)}")
+    if not 0 <= seconds < math.inf:
+        raise Mistake(f"--seconds {seconds:g}: a number, 0 or more")
+    outcomes = []
+    for outcome in bench.run(found, seconds, names):
+        outcomes.append(outcome)
+        typer.echo(f"{outcome.kernel:14}{outcome.label:44}{bench.verdict(outcome, found.type == 'cuda')}")
+    bench.write(out, outcomes, found)
+    for line in bench.summary(outcomes, found):
+        typer.echo(line)
+    typer.echo(f"{out / 'kernels.html'}")
+    if not all(outcome.right for outcome in outcomes):
+        raise typer.Exit(FAULT)
+
+
+@app.command()
 def rival(
     task: Annotated[str, typer.Argument(help="One of the autoencoders.")] = "mnist",
     python: Annotated[str, typer.Option(help="A Python with jax 0.8.3 and kfac-jax 0.0.8.")] = sys.executable,

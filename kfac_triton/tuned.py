@@ -2,9 +2,10 @@
 
 A tile file is JSON: {"format": "kfac-triton tiles 1", "gpu": the device's name, "target": "sm_90", "triton": version,
 "source": "model" or "measured", "entries": [{"kernel", "dtype", "precision", "shape": log2-buckets, "tile": [block,
-block_k, warps, stages, descriptors], "parts"}, ...]}. It is looked for by the device's name in the user's cache folder
-($KFAC_CACHE, else $XDG_CACHE_HOME/kfac-triton, else ~/.cache/kfac-triton), then among the files that come with the
-package, by a word of that name, and then by the device's generation.
+block_k, warps, stages, descriptors], "parts"}, ...]}. It is looked for in the user's cache folder ($KFAC_CACHE, else
+$XDG_CACHE_HOME/kfac-triton, else ~/.cache/kfac-triton), then among the files that come with the package:
+"tiles-rtx-4090.json" is for every device whose name has those words, the longest name first; and last one for the
+device's generation.
 """
 
 from __future__ import annotations
@@ -100,12 +101,10 @@ def tiles_for(device: torch.device) -> Tiles:
 
 def candidates(name: str, target: str) -> Iterator[Path]:
     """Files that there are for a device of that name and target, the best first."""
-    own = cache_folder() / file_name(name)
-    if own.is_file():
-        yield own
     words = set(file_name(name).removesuffix(".json").split("-"))
-    shipped = {path: set(path.stem.split("-")) for path in shipped_files()}
-    yield from (path for path, own_words in shipped.items() if own_words <= words)
+    own = sorted(cache_folder().glob("tiles-*.json"), key=lambda path: -len(path.stem))
+    shipped = shipped_files()
+    yield from (path for path in (*own, *shipped) if set(path.stem.split("-")) <= words)
     yield from (path for path in shipped if json.loads(path.read_text()).get("target") == target)
 
 
