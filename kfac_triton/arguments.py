@@ -14,7 +14,7 @@ from kfac_triton.likelihoods import Likelihood, as_likelihood
 
 # What each argument takes today; the refused values belong to later issues of the public contract.
 FISHERS = ("mc", "exact", "empirical")
-APPROXIMATIONS = ("kronecker", "tridiagonal")
+APPROXIMATIONS = ("kronecker", "tridiagonal", "eigen")
 WEIGHT_SHARINGS = ("expand", "reduce")
 PRECISIONS = ("auto", "ieee", "bf16")
 
@@ -50,6 +50,8 @@ class Settings:
         if self.approximation == "tridiagonal" and (self.fisher == "empirical" or self.weight_sharing == "reduce"):
             given = f'fisher="{self.fisher}"' if self.fisher == "empirical" else 'weight_sharing="reduce"'
             raise ValueError(f'approximation must be "kronecker" with {given}; got "tridiagonal"')
+        if self.approximation == "eigen" and self.precision == "bf16":
+            raise ValueError('precision must be "auto" or "ieee" with approximation="eigen"; got "bf16"')
         _number("loss_scale", self.loss_scale, above=0.0)
         _number("factor_fraction", self.factor_fraction, above=0.0, most=1.0)
         _number("quadratic_fraction", self.quadratic_fraction, above=0.0, most=1.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import ops
-from kfac_triton.approximations import tridiagonal
+from kfac_triton.approximations import eigen, kronecker, tridiagonal
 from kfac_triton.curvature import Block
 from kfac_triton.update import Blocks, Fallback, Hyper, LayerPlan, Plan, Scalar
 
@@ -25,7 +25,7 @@ def assemble(
     groups = optimizer.param_groups
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     with_grad = set(parameters)
-    ready = {w: b for w, b in blocks.items() if w in with_grad and "A_inv" in optimizer.state[w]}
+    ready = {w: b for w, b in blocks.items() if w in with_grad and kronecker.ready(optimizer.state[w])}
     momentum = any(group["momentum"] != 0 or group["adaptive_damping"] for group in groups)
     plans, tensors, taken = [], Blocks(), set()
     fused = ops.fuses(finite.device)
@@ -35,7 +35,8 @@ def assemble(
     for weight, block in ready.items():
         has_grad = block.bias is not None and block.bias in with_grad
         bias_group = group_of[id(block.bias)] if has_grad else group_of[id(weight)]
-        plans.append(LayerPlan(block.layout, group_of[id(weight)], bias_group, has_grad))
+        in_bases = eigen.stored(optimizer.state[weight])
+        plans.append(LayerPlan(block.layout, group_of[id(weight)], bias_group, has_grad, in_bases))
         whole = fused and not linked and not (block.layout.diagonal_A or block.layout.diagonal_G)
         _add_block(tensors, optimizer, weight, block.bias if has_grad else None, momentum, whole)
         taken |= {weight, block.bias}
@@ -82,10 +83,14 @@ def _add_block(
 ) -> None:
     """Adds a block's tensors; `whole`: its inverses with the zeros around them that kernels want."""
     state = optimizer.state[weight]
-    for name, inverses in (("A_inv", tensors.A_inv), ("G_inv", tensors.G_inv)):
+    in_bases = eigen.stored(state)
+    for side, inverses, spectra in (("A", tensors.A_inv, tensors.lambda_A), ("G", tensors.G_inv, tensors.lambda_G)):
+        name = f"Q_{side}" if in_bases else f"{side}_inv"
         if whole:
             state[name] = ops.padded(state[name])
         inverses.append(ops.whole(state[name]) if whole else state[name])
+        spectra.append(_spectrum(state[f"lambda_{side}"], inverses[-1]) if in_bases else weight.new_empty(0))
+    tensors.dampings.append(state["eigen_damping"] if in_bases else weight.new_empty(0))
     for p, values, grads, buffers in (
         (weight, tensors.weights, tensors.weight_grads, tensors.weight_buffers),
         (bias, tensors.biases, tensors.bias_grads, tensors.bias_buffers),
@@ -99,6 +104,12 @@ def _add_block(
         values.append(p)
         grads.append(p.grad)
         buffers.append(_momentum_buffer(optimizer, p) if momentum else p.new_empty(0))
+
+
+def _spectrum(values: Tensor, Q: Tensor) -> Tensor:
+    """The eigenvalues, and ones for the zeros around the eigenvectors."""
+    around = Q.shape[-1] - values.shape[-1]
+    return torch.nn.functional.pad(values, (0, around), value=1.0) if around else values
 
 
 def _momentum_buffer(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import distributed
-from kfac_triton.approximations import kronecker, tridiagonal
+from kfac_triton.approximations import eigen, kronecker, tridiagonal
 from kfac_triton.arguments import Settings
 from kfac_triton.blocks.layout import Layout
 from kfac_triton.capture import Inputs, RootInputs, sweep_inert
@@ -155,11 +155,12 @@ class Curvature:
         due = {}
         for weight, block in self.blocks.items():
             group, stored = group_of(weight), state[weight]
-            if all_of_them or "A_inv" not in stored or inverse_due(group["step"], group["inverse_interval"]):
+            if all_of_them or not kronecker.ready(stored) or inverse_due(group["step"], group["inverse_interval"]):
                 due[weight] = kronecker.Refresh(stored, block.layout, factored_damping(group))
-        for weight, done in zip(due, kronecker.update_inverses(list(due.values())), strict=True):
+        update = eigen.update_bases if self.settings.approximation == "eigen" else kronecker.update_inverses
+        for weight, done in zip(due, update(list(due.values())), strict=True):
             if not done:
-                held = "A_inv" in state[weight]
+                held = kronecker.ready(state[weight])
                 instead = "its last inverse stays" if held else "it takes AdamW steps until it has one"
                 self._warn_once(
                     weight, f"its factors have no finite inverse, in double precision and damped more either; {instead}"
@@ -171,7 +172,8 @@ class Curvature:
     @staticmethod
     def inverses(stored: dict[str, Any]) -> dict[str, Tensor]:
         """What a refresh of the inverses replaces in the state of a weight."""
-        return {name: t for name, t in stored.items() if name in ("A_inv", "G_inv") or name.startswith("link_")}
+        replaced = ("A_inv", "G_inv", *eigen.NAMES)
+        return {name: t for name, t in stored.items() if name in replaced or name.startswith("link_")}
 
     def _statistics(
         self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, unscale: float | Tensor

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from kfac_triton import arguments, assembly, checkpoint, schedules
 from kfac_triton.adaptive import AdaptiveStep
-from kfac_triton.approximations import average, kronecker, tridiagonal
+from kfac_triton.approximations import average, eigen, kronecker, tridiagonal
 from kfac_triton.capture import Streams
 from kfac_triton.compiled import CompiledStep
 from kfac_triton.curvature import Curvature
@@ -63,7 +63,8 @@ class KFAC(torch.optim.Optimizer):
         fisher: "mc": targets sampled from the model. "exact": every output direction (the generalised Gauss-Newton
             matrix). "empirical": the gradients of your own loss, from modules of type Linear, Conv1d and Conv2d.
         approximation: "kronecker", block-diagonal. "tridiagonal": neighbours in a chain of linear layers are coupled
-            (section 4.3); more memory and time in `kfac_triton.chain`.
+            (section 4.3); more memory and time in `kfac_triton.chain`. "eigen": block-diagonal, damped as a whole in
+            the factors' eigenbases; dearer refreshes and steps, in `kfac_triton.approximations.eigen`.
         weight_sharing: "expand": a row for every position of a shared weight. "reduce": one for every example.
         factor_decay: beta of the running averages, min(1 - 1/k, factor_decay) at the k-th update.
         factor_interval, inverse_interval: steps between refreshes. In its first interval the inverse is refreshed at
@@ -427,6 +428,8 @@ class KFAC(torch.optim.Optimizer):
             own_pass = self._settings.fisher != "empirical"
             rows = sum(kronecker.memory_of_rows(weight, block.layout) for weight, block in blocks.items() if own_pass)
         cross, links = 0, 0
+        if self._settings.approximation == "eigen":
+            links = sum(eigen.memory(weight, block.layout) for weight, block in blocks.items())
         if self._settings.approximation == "tridiagonal":
             cross, links = tridiagonal.memory([(weight, block.layout) for weight, block in blocks.items()])
         covered = {*blocks, *(block.bias for block in blocks.values())}

@@ -4,7 +4,7 @@ Pure functions over lists of tensors, compiled as one graph (`compiled`) or run 
 enters as 0-d tensors, so that a scheduler never recompiles; what decides the graph stands in a `Plan`. Where kernels
 serve (a fused plan) two operators do it: the products with <V, grad> at their end, and the update in one pass.
 
-    V = G_inv (grad_W + weight_decay W) A_inv
+    V = G_inv (grad_W + weight_decay W) A_inv, or its like in eigenbases
     nu = min(1, sqrt(2 kl_clip / sum over parameters of lr^2 <V, grad>))         (Wu et al. 2017, section 3)
     buf <- momentum buf + nu V,  W <- W - lr buf
 """
@@ -29,12 +29,14 @@ Scalar = float | Tensor
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One block: `group` and `bias_group` index the hyper-parameters; the bias may have no gradient."""
+    """One block: `group` and `bias_group` index the hyper-parameters; the bias may have no gradient. `in_bases`: it has
+    eigenbases in the place of inverses."""
 
     layout: Layout
     group: int
     bias_group: int
     bias_has_grad: bool
+    in_bases: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Hyper:
 
 @dataclass
 class Blocks:
-    """Tensors of the blocks, by layer; an absent bias (or its momentum) is an empty tensor."""
+    """Tensors of the blocks, by layer; an absent bias (or its momentum) is an empty tensor. Of a layer in eigenbases,
+    A_inv and G_inv are Q_A and Q_G; of any other, its lambdas and damping are empty."""
 
     weights: list[Tensor] = field(default_factory=list)
     weight_grads: list[Tensor] = field(default_factory=list)
@@ -80,6 +83,9 @@ class Blocks:
     bias_buffers: list[Tensor] = field(default_factory=list)
     A_inv: list[Tensor] = field(default_factory=list)
     G_inv: list[Tensor] = field(default_factory=list)
+    lambda_A: list[Tensor] = field(default_factory=list)
+    lambda_G: list[Tensor] = field(default_factory=list)
+    dampings: list[Tensor] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
 
 
@@ -118,7 +124,8 @@ def _plain_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
 def _fused_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
     if not plan.layers:
         return
-    dots = blocks.A_inv[0].new_empty(len(plan.layers), 2) if plan.trust_region and not plan.chain else None
+    apart = plan.chain or any(layer.in_bases for layer in plan.layers)  # what kron_matmul_ does not end in <V, grad>
+    dots = blocks.A_inv[0].new_empty(len(plan.layers), 2) if plan.trust_region and not apart else None
     grads, V = precondition(plan, hyper, blocks, dots)
     one = torch.ones_like(hyper.unscale, dtype=torch.float32)
     nu = [one] * len(hyper.lr)
@@ -159,9 +166,15 @@ def precondition(
     if plan.fused:
         grads = [_widened(grad, *sides) for grad, *sides in zip(grads, blocks.G_inv, blocks.A_inv, strict=True)]
     V = [_aligned_like(grad) for grad in grads]
-    if V:
-        splits = [shape[-1] - int(layer.layout.bias) for shape, layer in zip(shapes, plan.layers, strict=True)]
-        ops.kron_matmul_(V, blocks.G_inv, grads, blocks.A_inv, bf16=plan.bf16, dots=dots, splits=splits)
+    splits = [shape[-1] - int(layer.layout.bias) for shape, layer in zip(shapes, plan.layers, strict=True)]
+    factored = [i for i, layer in enumerate(plan.layers) if not layer.in_bases]
+    if factored:
+        lists = [[ts[i] for i in factored] for ts in (V, blocks.G_inv, grads, blocks.A_inv)]
+        ops.kron_matmul_(*lists, bf16=plan.bf16, dots=dots, splits=[splits[i] for i in factored])
+    in_bases = [i for i, layer in enumerate(plan.layers) if layer.in_bases]
+    if in_bases:
+        spectra = (blocks.lambda_G, blocks.lambda_A, blocks.dampings)
+        ops.eigen_scale_(*([ts[i] for i in in_bases] for ts in (V, blocks.G_inv, grads, blocks.A_inv, *spectra)))
     cut = [[t[..., : shape[-2], : shape[-1]] for t, shape in zip(ts, shapes, strict=True)] for ts in (grads, V)]
     return (cut[0], cut[1]) if plan.fused else (grads, V)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kfac_triton import KFAC
-from kfac_triton.kernels import conv_syrk, fused_update, kron_matmul, newton_schulz, syrk
+from kfac_triton.kernels import conv_syrk, eigen_scale, fused_update, kron_matmul, newton_schulz, syrk
 
 
 def convolutional() -> nn.Module:
@@ -59,7 +59,7 @@ def check(run: Run, other: Run) -> None:
 def launches(interpreter, monkeypatch) -> set[str]:
     """Names of the kernels' families that were launched."""
     seen: set[str] = set()
-    for module in (syrk, conv_syrk, kron_matmul, fused_update, newton_schulz):
+    for module in (syrk, conv_syrk, kron_matmul, eigen_scale, fused_update, newton_schulz):
 
         def counted(*args, module=module, launch=module.launch, **options):
             seen.add(module.__name__.rpartition(".")[2])
@@ -88,6 +88,7 @@ def test_a_network_of_convolutions(launches, monkeypatch):
         {"weight_sharing": "reduce", "precision": "bf16"},
         {"max_factor_dim": 20},
         {"approximation": "tridiagonal"},
+        {"approximation": "eigen"},
         {"compile": True},
     ],
     ids=lambda options: " ".join(map(str, options.items())),
@@ -99,6 +100,7 @@ def test_the_optimizers_options(launches, monkeypatch, options):
         runs[-1].steps(3)
     check(*runs)
     assert {"syrk", "fused_update"} <= launches
+    assert ("eigen_scale" in launches) == (options.get("approximation") == "eigen")
 
 
 def test_groups_with_rates_of_their_own(launches, monkeypatch):
