@@ -145,7 +145,7 @@ def grouped(
     precision = precision_of(torch.float32, precision)
     tile = tile or choose(count, (M, N, K), precision, device, allowed_tiles(epilogue))
     programs = -(-M // tile.block) * -(-N // tile.block)
-    table = table_of([*rows, *extra, *[[0] * count] * (3 - len(extra))], device)
+    table = table_of([*rows, *extra, *rows[2:] * (3 - len(extra))], device)  # addresses alone: all are of one type
     whole = aligned(*rows, *(extra[:1] if like is not None else ()))
     partials = torch.empty(count * programs * 2 if sums else 1, dtype=torch.float32, device=device)
     with device_of(device):

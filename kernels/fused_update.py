@@ -78,8 +78,8 @@ def fused_update_kernel(  # type: ignore[no-untyped-def]
     entry = tl.program_id(0) // blocks
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = at < rows * taps * channels
-    channel = at % channels
-    tap = at // channels % taps
+    channel = (at % channels).to(tl.int64)
+    tap = (at // channels % taps).to(tl.int64)
     row = (at // (channels * taps)).to(tl.int64)
     nu = tl.load(pointer(table, 3, count, entry, tl.float32, False)).to(tl.float32)
     lr = tl.load(pointer(table, 4, count, entry, tl.float32, False)).to(tl.float32)

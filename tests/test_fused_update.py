@@ -107,6 +107,25 @@ def test_no_address_beyond_the_arguments(strays):
     assert strays(around, entry.W) == 0
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_offsets_beyond_32_bits(interpreter, axis):
+    """W spread over memory that is reserved and not used; an offset that wraps around lands before it, still inside."""
+    half, stride = 2**31, 2**30 + 4
+    try:
+        memory = torch.empty(2 * half + 64, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("the machine does not reserve that much memory")
+    strides = [1, 1, 1]
+    strides[axis] = stride
+    shape = [1, 1, 1]
+    shape[axis] = 3
+    W = memory.as_strided(shape, strides, half)
+    entry = make(shape, buffered=False)._replace(W=W.copy_(torch.tensor([1.0, 2.0, 3.0]).view(shape)))
+    wanted = expected(entry)
+    fused_update.launch([entry], block=16)
+    check(entry, wanted)
+
+
 def test_a_skipped_step_moves_nothing(apply):
     """lr = 0 and momentum = 1 with V = 0, as the step has it where a gradient is not finite."""
     entry = make((20, 1, 33), lr=0.0, momentum=1.0)._replace(V=torch.zeros(20, 1, 33))

@@ -215,6 +215,23 @@ def test_operator_on_a_gpu():
     check(layers)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_offsets_beyond_32_bits(interpreter, axis):
+    """V spread over memory that is reserved and not used, as rows or as columns."""
+    half, stride = 2**31, 2**30 + 4
+    try:
+        memory = torch.empty(2 * half + 64, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("the machine does not reserve that much memory")
+    shape, strides = ((3, 2), (stride, 1)) if axis == 0 else ((2, 3), (1, stride))
+    V = memory.as_strided(shape, strides, half)
+    V.copy_(torch.arange(1.0, 7.0).view(shape))
+    out, G, _, A = layer(*shape)
+    layers = [(out, G, V, A)]
+    launch(*columns(layers), Tile(16, 16, 4, 2))
+    check(layers)
+
+
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_dots(precondition, batch):
     """<out, V> before a column and from it on, for layers of several shapes; the same bits again."""

@@ -102,6 +102,21 @@ def test_program_order_does_not_matter(program_order):
     assert error(X, M) < 1e-5
 
 
+def test_offsets_beyond_32_bits(interpreter):
+    """X spread over memory that is reserved and not used; an offset that wraps around lands before it, still inside."""
+    half, stride = 2**31, 2**30 + 4
+    try:
+        memory = torch.empty(2 * half + 64)
+    except RuntimeError:
+        pytest.skip("the machine does not reserve that much memory")
+    M = spd(3, least=0.1)
+    X = memory.as_strided((3, 3), (stride, 1), half)
+    X.copy_(start(M, 0.1))
+    residual = torch.empty(1)
+    newton_schulz.launch([(X, M)], residual, tile=Tile(16, 16, 4, 2))
+    assert error(X, M) < 1e-5
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_damped_inverses_by_iteration_are_those_by_cholesky(interpreter, monkeypatch, groups):
     """From the inverses before, with damping of another size; a side without any takes Cholesky."""

@@ -67,16 +67,16 @@ def test_published_speeds():
     assert math.exp(max(errors)) < 1.8
 
 
-def test_the_published_best_tile_is_among_the_top_six():
-    """modded-nanogpt's frozen choice on an H100 for K = 768: 128 x 128 x 64, four stages, eight warps. (Its other one,
-    64 x 128 x 128, is no square.) Of tiles alone, stages apart, since the model sees little between them.
+@pytest.mark.parametrize("count", [12, 16])
+def test_the_published_best_tile_is_among_the_top_six(count):
+    """modded-nanogpt's frozen choice on an H100 for K = 768, 128 x 128 x 64, four stages, eight warps, of 30.
+    (Its other one, 64 x 128 x 128, is no square, and square tiles are all that an in-place average can have.)
     """
-    work = Work(12, 768, 768, 768, "bf16", 2, symmetric=True, output=2)
+    work = Work(count, 768, 768, 768, "bf16", 2, symmetric=True, output=2)
     ranking = roofline.ranked(H100, work, space(H100))
-    tiles = list(dict.fromkeys((tile.block, tile.block_k) for _, tile, _ in ranking))
-    assert (128, 64) in tiles[:6]
-    seconds = {tuple(tile[:4]): estimate.seconds for estimate, tile, _ in ranking}
-    assert seconds[128, 64, 8, 4] < 1.5 * ranking[0][0].seconds
+    assert len(ranking) == 30
+    best = [tuple(tile[:4]) for _, tile, _ in ranking[:6]]
+    assert (128, 64, 8, 4) in best
 
 
 TILE, FOOT = Tile(64, 32, 4, 3), Footprint(128, 24 * 1024)
