@@ -39,8 +39,11 @@ def load() -> None:
 
 
 def fuses(device: torch.device) -> bool:
-    """Whether kernels serve that device: a GPU, or, where KFAC_TRITON_BACKEND has them interpreted, the CPU."""
-    if torch.compiler.is_compiling() and device.type == "cpu":
+    """Whether kernels serve that device: a GPU, or, where KFAC_TRITON_BACKEND has them interpreted, the CPU.
+
+    Not while code is traced, which could not follow the question: then rows are laid out for any operator.
+    """
+    if torch.compiler.is_compiling():
         return False
     load()
     from kfac_triton.kernels import dispatch
@@ -88,9 +91,8 @@ Rows = Tensor | Patches
 
 def takes_patches(image: Tensor, groups: int) -> bool:
     """Whether the patches of an image had better stay unwritten: `conv_syrk_` would take its kernel."""
-    if torch.compiler.is_compiling() or not fuses(image.device):
+    if not fuses(image.device):
         return False
-    load()
     from kfac_triton.kernels import dispatch
     from kfac_triton.kernels._launch import precision_of
 
