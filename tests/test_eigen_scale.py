@@ -110,6 +110,24 @@ def test_nothing_beyond_the_arguments_is_read_or_written(apply):
     assert around[0].isnan().all()
 
 
+def test_an_empty_layer(apply):
+    layer = eigen_scale.Layer(*(torch.empty(s) for s in ((0, 5), (0, 0), (0, 5), (5, 5), (0,), (5,), ())))
+    apply(layer)
+    assert layer.out.shape == (0, 5)
+
+
+def test_error_against_torch(kernel_device):
+    """At most a few times that of the reference in the same float32, against the reference in float64."""
+    layer, _ = make(60, 90, device=kernel_device)
+    exact = eigen_scale.Layer(*(t.double() for t in layer))
+    own = layer._replace(out=torch.empty_like(layer.out))
+    eigen_scale.reference(exact)
+    eigen_scale.reference(own)
+    eigen_scale.launch([layer], tile=Tile(64, 32, 4, 3), precision=None if torch.version.hip else "tf32x3")
+    error, torchs = ((t.out.double() - exact.out).abs().max().item() for t in (layer, own))
+    assert error <= 4 * torchs
+
+
 def test_out_at_an_address_of_V():
     layer, _ = make(5, 5)
     with pytest.raises(ValueError, match=r"out\[0\] starts at the address of an entry of V"):

@@ -92,13 +92,6 @@ def in_files() -> Iterable[Configuration]:
 
 
 ALL = shipped()
-# One of each kernel and target, in the default precision, with all that makes it large.
-SOME = [
-    next(c for c in ALL if (c.target, c.kernel) == (target, kernel) and (kernel != "syrk" or c.tile.block == 64))
-    for target in TARGETS
-    for kernel in ("syrk", "conv_syrk", "grouped", "symmetric_product", "fused_update")
-]
-DESCRIPTORS = [c for c in ALL if c.tile.descriptors and c.target == "sm_90"][:1]
 STRICT = Configuration("sm_80", "syrk", "fp32", Tile(32, 32, 2, 3), "ieee")
 # Hazards put back: what the facts look like then.
 UNALIGNED = Configuration("sm_80", "syrk", "fp32", Tile(64, 32, 4, 3), "tf32x3", (("unit_stride", None),))
@@ -115,8 +108,8 @@ def facts_of(configurations: Sequence[Configuration]) -> dict[Configuration, Fac
 
 
 @pytest.fixture(scope="module")
-def some() -> dict[Configuration, Facts]:
-    return facts_of([*SOME, *DESCRIPTORS, STRICT, UNALIGNED, ONE_TF32_PRODUCT, TOO_LARGE])
+def others() -> dict[Configuration, Facts]:
+    return facts_of([STRICT, UNALIGNED, ONE_TF32_PRODUCT, TOO_LARGE])
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +139,6 @@ def check(configuration: Configuration, facts: Facts, record: dict[str, dict]) -
         assert narrow <= known_narrow + 8, f"more narrow {kind}"
 
 
-@pytest.mark.parametrize("configuration", [*SOME, *DESCRIPTORS], ids=lambda c: c.name)
-def test_one_of_each(some, record, configuration):
-    check(configuration, some[configuration], record)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("configuration", ALL, ids=lambda c: c.name)
 def test_every_shipped_configuration(every, record, configuration):
     check(configuration, every[configuration], record)
@@ -178,18 +165,18 @@ def test_matrix_instructions_of_the_newest_kind(record):
             assert newest in record[configuration.name]["matrix"], configuration.name
 
 
-def test_strict_float32_multiplies_on_no_matrix_unit_of_nvidia(some):
+def test_strict_float32_multiplies_on_no_matrix_unit_of_nvidia(others):
     """Why "ieee" goes to cuBLAS there, and that the count of matrix instructions can be zero."""
-    assert some[STRICT].matrix == {}
+    assert others[STRICT].matrix == {}
 
 
-def test_faults_are_found(some):
+def test_faults_are_found(others):
     """Strides that nothing divides, as a bias column or shapes from a table would make them; one TF32 product without
     descriptors; a tile too large for its warps: each shows.
     """
-    assert any("copies of" in fault or "loads of" in fault for fault in some[UNALIGNED].faults(UNALIGNED))
-    assert "copies of 4 bytes" in some[ONE_TF32_PRODUCT].faults(ONE_TF32_PRODUCT)
-    assert any("spill" in fault for fault in some[TOO_LARGE].faults(TOO_LARGE))
+    assert any("copies of" in fault or "loads of" in fault for fault in others[UNALIGNED].faults(UNALIGNED))
+    assert "copies of 4 bytes" in others[ONE_TF32_PRODUCT].faults(ONE_TF32_PRODUCT)
+    assert any("spill" in fault for fault in others[TOO_LARGE].faults(TOO_LARGE))
 
 
 def record_all() -> None:

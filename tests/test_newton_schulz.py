@@ -85,6 +85,12 @@ def test_one_that_fails_leaves_the_others_alone(interpreter):
     assert error(X[0], M[0]) < 1e-4 and error(X[2], M[2]) < 1e-4
 
 
+def test_an_empty_batch(interpreter):
+    X, residual = torch.empty(0, 5, 5), torch.full((1,), torch.nan)
+    newton_schulz.launch([(X, X.clone())], residual)
+    assert residual.item() == 0
+
+
 def test_padded_rows_stay_zero_outside(interpreter):
     M = ops.padded(spd(33))
     X = ops.padded(start(M, 0.1))
