@@ -23,7 +23,7 @@ SIDES = (1024, 2048, 4096, 8192)
 H100 = gpus.find("H100")
 # NVIDIA's datasheet of the H20; the H800 is an H100 with a slower link between GPUs.
 H20 = replace(
-    H100, name="H20", multiprocessors=78, clock=1.98e9, bandwidth=4.0e12, l2=60 * gpus.MIB,
+    H100, name="H20", multiprocessors=78, clock=1.98e9, bandwidth=4.0e12,
     peaks={"bf16": 148e12, "fp16": 148e12, "tf32": 74e12, "fp32": 44e12},
 )  # fmt: skip
 DEVICES = {"H800": H100, "H20": H20, "A100": gpus.find("A100"), "RTX 4090": gpus.find("RTX 4090")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-KIB, MIB = 2**10, 2**20
+KIB = 2**10
 MEASURED = "github.com/mag-/gpu_benchmark, README: bf16 matrix products"
 
 
@@ -17,9 +17,9 @@ MEASURED = "github.com/mag-/gpu_benchmark, README: bf16 matrix products"
 class GPU:
     """One device.
 
-    `clock`: boost, in Hz. `bandwidth`: of its memory, bytes a second. `l2`, `shared`, `shared_per_program`: bytes; the
-    last two of one multiprocessor and of one program. `registers`: of 32 bits, of a multiprocessor. `peaks`: operations
-    a second by kind of operand; "fp32" is that of strict float32, on matrix units where they take it (AMD).
+    `clock`: boost, in Hz. `bandwidth`: of its memory, bytes a second. `shared`, `shared_per_program`: bytes of shared
+    memory of one multiprocessor and of one program. `registers`: of 32 bits, of a multiprocessor. `peaks`: operations a
+    second by kind of operand; "fp32" is that of strict float32, on matrix units where they take it (AMD).
     """
 
     name: str
@@ -27,7 +27,6 @@ class GPU:
     multiprocessors: int
     clock: float
     bandwidth: float
-    l2: int
     peaks: dict[str, float]
     sustained: float
     sources: tuple[str, ...]
@@ -49,41 +48,41 @@ LIMITS = "CUDA C++ Programming Guide, technical specifications per compute capab
 
 GPUS = (
     GPU(
-        "H100", "sm_90", 132, 1.83e9, 3.35e12, 50 * MIB, _peaks(989.4, 494.7, 66.9), 792.1 / 989.4,
+        "H100", "sm_90", 132, 1.83e9, 3.35e12, _peaks(989.4, 494.7, 66.9), 792.1 / 989.4,
         (HOPPER, "NVIDIA H100 datasheet (SXM)", LIMITS, MEASURED),
     ),
     GPU(
-        "H200", "sm_90", 132, 1.83e9, 4.8e12, 50 * MIB, _peaks(989.4, 494.7, 66.9), 792.1 / 989.4,
+        "H200", "sm_90", 132, 1.83e9, 4.8e12, _peaks(989.4, 494.7, 66.9), 792.1 / 989.4,
         (HOPPER, "NVIDIA H200 datasheet", LIMITS, MEASURED + ", of the H100: the same chip"),
     ),
     GPU(
-        "B200", "sm_100", 148, 1.965e9, 8.0e12, 126 * MIB, _peaks(2250, 1125, 75), 792.1 / 989.4,
+        "B200", "sm_100", 148, 1.965e9, 8.0e12, _peaks(2250, 1125, 75), 792.1 / 989.4,
         ("NVIDIA HGX B200 datasheet (dense: half of the sparse figures)", LIMITS,
          "sustained carried over from the H100"),
     ),
     GPU(
-        "A100", "sm_80", 108, 1.41e9, 2.039e12, 40 * MIB, _peaks(312, 156, 19.5), 267.9 / 312,
+        "A100", "sm_80", 108, 1.41e9, 2.039e12, _peaks(312, 156, 19.5), 267.9 / 312,
         ("NVIDIA A100 Tensor Core GPU Architecture, whitepaper", "NVIDIA A100 datasheet (SXM, 80 GB)", LIMITS,
          MEASURED),
         shared=164 * KIB, shared_per_program=163 * KIB,
     ),
     GPU(
-        "L4", "sm_89", 58, 2.04e9, 300e9, 48 * MIB, _peaks(121, 60.5, 30.3), 91.4 / 121,
+        "L4", "sm_89", 58, 2.04e9, 300e9, _peaks(121, 60.5, 30.3), 91.4 / 121,
         ("NVIDIA L4 datasheet (dense: half of the sparse figures)", LIMITS, MEASURED), **ADA,
     ),
     GPU(
-        "RTX 4090", "sm_89", 128, 2.52e9, 1.008e12, 72 * MIB, _peaks(165.2, 82.6, 82.6), 1.0,
+        "RTX 4090", "sm_89", 128, 2.52e9, 1.008e12, _peaks(165.2, 82.6, 82.6), 1.0,
         ("NVIDIA Ada GPU Architecture, whitepaper, appendix A", LIMITS,
          MEASURED + ": 178.5, above the peak at the boost clock, which it exceeds; counted as 1"), **ADA,
     ),
     GPU(
-        "RTX 5090", "sm_120", 170, 2.407e9, 1.792e12, 96 * MIB, _peaks(209.5, 104.8, 104.8), 1.0,
+        "RTX 5090", "sm_120", 170, 2.407e9, 1.792e12, _peaks(209.5, 104.8, 104.8), 1.0,
         ("NVIDIA RTX Blackwell GPU Architecture, whitepaper, appendix A", LIMITS,
          "sustained carried over from the RTX 4090"), **ADA,
     ),
     GPU(
-        "MI300X", "gfx942", 304, 2.1e9, 5.3e12, 256 * MIB, _peaks(1307.4, 653.7, 163.4), 758.3 / 1307.4,
-        ("AMD Instinct MI300X datasheet (its Infinity Cache counts as L2)", "AMD CDNA 3 architecture, white paper",
+        "MI300X", "gfx942", 304, 2.1e9, 5.3e12, _peaks(1307.4, 653.7, 163.4), 758.3 / 1307.4,
+        ("AMD Instinct MI300X datasheet", "AMD CDNA 3 architecture, white paper",
          MEASURED),
         registers=131072, shared=64 * KIB, shared_per_program=64 * KIB, threads=2048, programs=32, warp=64,
     ),
