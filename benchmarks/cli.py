@@ -1,7 +1,5 @@
 """The command `kfac-bench`.
 
-Exit status: 0 done, 2 a user's mistake (one line says which and how to mend it), 1 a fault of ours.
-
 torch, Optuna and matplotlib are imported by the commands that need them, so that help comes at once.
 """
 
@@ -10,16 +8,16 @@ from __future__ import annotations
 import math
 import sys
 import time
-import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from kfac_triton.tuning.commands import FAULT, status_of
 
 if TYPE_CHECKING:
     from kfac_triton.benchmarks.plan import Request
 
-FAULT, MISTAKE, INTERRUPTED = 1, 2, 130
 STARTED = time.monotonic() - time.process_time()  # a budget counts from here: imports are part of the command
 DEFAULT_OPTIMIZERS = ("sgd", "adamw", "kfac")
 REPORTING = 8.0  # seconds of a budget kept for the report, at most a fifth of it
@@ -263,24 +261,4 @@ def rival(
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    from kfac_triton.tuning.errors import Mistake
-
-    try:
-        answer: Any = app(args=arguments, standalone_mode=False)
-    except Mistake as mistake:
-        return _complain(str(mistake), MISTAKE)
-    except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on", INTERRUPTED)
-    except Exception as error:
-        show = getattr(error, "show", None)  # a usage error of the command line itself
-        if show is not None:
-            show()
-            return MISTAKE
-        traceback.print_exc()
-        return FAULT
-    return answer if isinstance(answer, int) else 0
-
-
-def _complain(text: str, status: int) -> int:
-    print(f"kfac-bench: {text}", file=sys.stderr)
-    return status
+    return status_of(app, "kfac-bench", arguments)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from kfac_triton import ops
 from kfac_triton.benchmarks.environment import describe
-from kfac_triton.benchmarks.store import write_json, write_text
 from kfac_triton.tuning import gpus
 from kfac_triton.tuning.gpus import GPU
+from kfac_triton.tuning.store import write_json, write_text
 from kfac_triton.tuning.tiles import seconds_of
 
 ROUNDS, WARM_UP = 30, 5

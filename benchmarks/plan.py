@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kfac_triton.benchmarks.store import read_json, write_json
 from kfac_triton.tuning.baselines import BASELINES, find_entrant
 from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.store import read_json, write_json
 
 SCHEMA = 1
 TRIALS, SECONDS, SEEDS, EVALUATIONS = 12, 60.0, 3, 30

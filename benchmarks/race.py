@@ -24,10 +24,10 @@ import torch
 
 from kfac_triton.benchmarks import environment
 from kfac_triton.benchmarks.plan import RACE, TARGET, Overhead, Plan
-from kfac_triton.benchmarks.store import read_json, write_json
 from kfac_triton.benchmarks.worker import Job, measure, measure_apart
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.store import read_json, write_json
 from kfac_triton.tuning.study import Outcome, TrialRow, search
 from kfac_triton.tuning.task import Task
 from kfac_triton.tuning.trainer import Budget, Point, evaluate, held_out, warm_up

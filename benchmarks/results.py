@@ -18,10 +18,10 @@ from typing import Any
 
 from kfac_triton.benchmarks.plan import Plan, load_plan
 from kfac_triton.benchmarks.race import run_path, target_path, tuning_path
-from kfac_triton.benchmarks.store import read_json, write_json, write_text
 from kfac_triton.benchmarks.suites import find_suite, findings
 from kfac_triton.benchmarks.verdicts import first_below, verdicts
 from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.store import read_json, write_json, write_text
 
 SCHEMA = 1
 COLUMNS = [

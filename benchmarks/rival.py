@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kfac_triton.benchmarks import environment
-from kfac_triton.benchmarks.store import read_json, write_json
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.problems import AUTOENCODERS, JUDGED, autoencoder, shuffled
+from kfac_triton.tuning.store import read_json, write_json
 from kfac_triton.tuning.trainer import Budget, train
 
 SCRIPT = Path(__file__).with_name("rival_kfac_jax.py")

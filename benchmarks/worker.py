@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from kfac_triton.benchmarks import environment
-from kfac_triton.benchmarks.store import read_json, write_json
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.problems import find_task
+from kfac_triton.tuning.store import read_json, write_json
 from kfac_triton.tuning.task import Task
 from kfac_triton.tuning.trainer import Budget, Point, train
 

@@ -174,12 +174,14 @@ def choose(
 ) -> Tile:
     """The table's tile, or the largest one that fills the device; `shape` is (M, N, K)."""
     M, N, _ = shape
-    key, largest = tiles.Key("kron_matmul", "float32", precision), allowed[0].block
-    found = tiles.tabled(key, (count, *shape), device, lambda tile: tile.block <= largest)
-    if found is not None:
-        return found.tile
-    fitting = tiles.fitting(allowed, min(M, N))
-    return tiles.filling(fitting, lambda tile: count * -(-M // tile.block) * -(-N // tile.block), device).tile
+    return tiles.tabled_or_filling(
+        tiles.Key("kron_matmul", "float32", precision),
+        (count, *shape),
+        device,
+        allowed,
+        min(M, N),
+        lambda tile: count * -(-M // tile.block) * -(-N // tile.block),
+    ).tile
 
 
 def ahead_of_time(

@@ -230,17 +230,15 @@ def unit_of(images: Sequence[Tensor], groups: int) -> int:
 
 def choose(F: Tensor, image: Tensor, n: int, d: int, count: int, precision: str) -> Choice:
     """The tile for `count` matrices like F, and the parts of the sum."""
-    allowed = TILES["half" if image.dtype in HALF else "float32"]
-    key = tiles.Key("conv_syrk", str(image.dtype).removeprefix("torch."), precision)
-    found = tiles.tabled(key, (count, n, d), F.device, lambda tile: tile.block <= allowed[0].block)
-
-    def programs(tile: Tile) -> int:
-        return count * triangle_of(d, tile.block)
-
-    if found is not None:
-        steps = -(-n // found.tile.block_k)
-        return Choice(found.tile, tiles.clipped_parts(found.parts, found.tile, programs(found.tile), steps))
-    return tiles.filling(tiles.fitting(allowed, d), programs, F.device, lambda tile: -(-n // tile.block_k))
+    return tiles.tabled_or_filling(
+        tiles.Key("conv_syrk", str(image.dtype).removeprefix("torch."), precision),
+        (count, n, d),
+        F.device,
+        TILES["half" if image.dtype in HALF else "float32"],
+        d,
+        lambda tile: count * triangle_of(d, tile.block),
+        lambda tile: -(-n // tile.block_k),
+    )
 
 
 def launch(bucket: Sequence[Entry], *, choice: Choice | None = None, precision: str | None = None) -> None:

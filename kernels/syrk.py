@@ -346,20 +346,15 @@ def takes_descriptors(X: Tensor) -> bool:
 def choose(F: Tensor, X: Tensor, count: int, precision: str) -> Choice:
     """The tile for `count` matrices like F, and the parts of the sum; X has images."""
     images, n, d = X.shape[-3:]
-    allowed = allowed_tiles(X, precision)
-    descriptors, largest = takes_descriptors(X), allowed[0].block
-    key = tiles.Key("syrk", str(X.dtype).removeprefix("torch."), precision)
-    found = tiles.tabled(
-        key, (count, images * n, d), F.device, lambda t: t.block <= largest and (descriptors or not t.descriptors)
-    )
-    if found is not None:
-        parts = tiles.clipped_parts(found.parts, found.tile, count * _programs(d, False, found.tile.block), n)
-        return Choice(found.tile, min(parts, max(1, images * -(-n // found.tile.block_k) // tiles.LEAST_STEPS)))
-    return tiles.filling(
-        tiles.fitting(allowed, d),
-        lambda tile: count * _programs(d, False, tile.block),
+    return tiles.tabled_or_filling(
+        tiles.Key("syrk", str(X.dtype).removeprefix("torch."), precision),
+        (count, images * n, d),
         F.device,
+        allowed_tiles(X, precision),
+        d,
+        lambda tile: count * triangle_of(d, tile.block),
         lambda tile: images * -(-n // tile.block_k),
+        descriptors=takes_descriptors(X),
     )
 
 

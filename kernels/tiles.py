@@ -129,6 +129,32 @@ def filling(
     return best
 
 
+def tabled_or_filling(
+    key: Key,
+    shape: Sequence[int],
+    device: torch.device,
+    allowed: Sequence[Tile],
+    side: int,
+    programs: Callable[[Tile], int],
+    steps: Callable[[Tile], int] = lambda tile: 1,
+    *,
+    descriptors: bool = False,
+) -> Choice:
+    """The device's entry for the shape, with no larger a tile than the first of `allowed`; else what fills the device.
+
+    Args:
+        side: of the output, the shorter one.
+        programs, steps: as in `filling`.
+        descriptors: whether an entry may load by them.
+    """
+    largest = allowed[0].block
+    found = tabled(key, shape, device, lambda tile: tile.block <= largest and (descriptors or not tile.descriptors))
+    if found is None:
+        return filling(fitting(allowed, side), programs, device, steps)
+    tile = found.tile
+    return Choice(tile, clipped_parts(found.parts, tile, programs(tile), steps(tile)))
+
+
 def clipped_parts(parts: int, tile: Tile, programs: int, steps: int) -> int:
     """No more parts than leave each LEAST_STEPS steps, than MAX_PARTS, and than the workspace holds."""
     room = WORKSPACE_BYTES // max(4 * tile.block**2 * programs, 1)

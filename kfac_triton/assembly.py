@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import ops
-from kfac_triton.approximations import eigen, kronecker, tridiagonal
+from kfac_triton.approximations import eigen, tridiagonal
 from kfac_triton.curvature import Block
 from kfac_triton.update import Blocks, Fallback, Hyper, LayerPlan, Plan, Scalar
 
@@ -25,10 +25,10 @@ def assemble(
     groups = optimizer.param_groups
     group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
     with_grad = set(parameters)
-    ready = {w: b for w, b in blocks.items() if w in with_grad and kronecker.ready(optimizer.state[w])}
+    ready = {w: b for w, b in blocks.items() if w in with_grad and eigen.ready(optimizer.state[w])}
     momentum = any(group["momentum"] != 0 or group["adaptive_damping"] for group in groups)
     plans, tensors, taken = [], Blocks(), set()
-    fused = ops.fuses(finite.device)
+    fused = ops.fuses(finite.device) and all(_in_place(w, b) for w, b in ready.items())
     linked = any("chain" in optimizer.state[w] for w in ready)
     if linked:
         ready = _chained(optimizer, ready, blocks, tensors)
@@ -104,6 +104,11 @@ def _add_block(
         values.append(p)
         grads.append(p.grad)
         buffers.append(_momentum_buffer(optimizer, p) if momentum else p.new_empty(0))
+
+
+def _in_place(weight: nn.Parameter, block: Block) -> bool:
+    """Whether the fused update can write the weight where it lies."""
+    return block.layout.by_taps(weight).data_ptr() == weight.data_ptr()
 
 
 def _spectrum(values: Tensor, Q: Tensor) -> Tensor:

@@ -102,6 +102,9 @@ class Curvature:
             if "A" in stored:
                 layout = kronecker.restored_layout(stored, weight)
                 self.blocks[weight] = Block(layout, parameters[int(stored["bias"])] if layout.bias else None)
+                if eigen.stored(stored) != (self.settings.approximation == "eigen"):
+                    for name in self.inverses(stored):  # of another approximation: the next step makes its own
+                        del stored[name]
         self.observed = bool(self.blocks)
         if self.settings.approximation == "tridiagonal":
             self._chain = tridiagonal.in_order(state, self.blocks)
@@ -155,12 +158,12 @@ class Curvature:
         due = {}
         for weight, block in self.blocks.items():
             group, stored = group_of(weight), state[weight]
-            if all_of_them or not kronecker.ready(stored) or inverse_due(group["step"], group["inverse_interval"]):
+            if all_of_them or not eigen.ready(stored) or inverse_due(group["step"], group["inverse_interval"]):
                 due[weight] = kronecker.Refresh(stored, block.layout, factored_damping(group))
         update = eigen.update_bases if self.settings.approximation == "eigen" else kronecker.update_inverses
         for weight, done in zip(due, update(list(due.values())), strict=True):
             if not done:
-                held = kronecker.ready(state[weight])
+                held = eigen.ready(state[weight])
                 instead = "its last inverse stays" if held else "it takes AdamW steps until it has one"
                 self._warn_once(
                     weight, f"its factors have no finite inverse, in double precision and damped more either; {instead}"

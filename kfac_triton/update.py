@@ -143,14 +143,14 @@ def _fused_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
             moves.append(v)
             groups.append(group)
             scales.append(nu[layer.group])
-    lr, momentum = _gated(plan, hyper)
+    gated = [_gated(plan, hyper, group) for group in groups]
     ops.fused_update_(
         W,
         buffers if plan.momentum else [],
         moves,
         scales,
-        [lr[group] for group in groups],
-        [momentum[group] for group in groups],
+        [torch.as_tensor(lr) for lr, _ in gated],
+        [torch.as_tensor(momentum) for _, momentum in gated],
         [torch.zeros_like(one)] * len(W),  # weight decay is l2: it is in the gradient
     )
 
@@ -240,26 +240,19 @@ def _move_(
     plan: Plan, hyper: Hyper, group: int, parameter: Tensor, buffer: Tensor, V: Tensor, nu: Tensor | None
 ) -> None:
     direction = V if nu is None else V * nu
-    lr, momentum = hyper.lr[group], hyper.momentum[group]
-    if plan.gated:
-        lr = torch.where(hyper.finite, lr, 0.0)
-        momentum = torch.where(hyper.finite, momentum, 1.0)
+    lr, momentum = _gated(plan, hyper, group)
     if plan.momentum:
         buffer.mul_(momentum).add_(direction)
         direction = buffer
     _add_scaled_(parameter, direction, lr, -1.0)
 
 
-def _gated(plan: Plan, hyper: Hyper) -> tuple[list[Tensor], list[Tensor]]:
-    """lr and momentum by group, as a skipped step has them: 0 and 1."""
-    lr = [torch.as_tensor(value) for value in hyper.lr]
-    momentum = [torch.as_tensor(value) for value in hyper.momentum]
+def _gated(plan: Plan, hyper: Hyper, group: int) -> tuple[Scalar, Scalar]:
+    """lr and momentum of a group, as a skipped step has them: 0 and 1."""
+    lr, momentum = hyper.lr[group], hyper.momentum[group]
     if not plan.gated:
         return lr, momentum
-    return (
-        [torch.where(hyper.finite, value, 0.0) for value in lr],
-        [torch.where(hyper.finite, value, 1.0) for value in momentum],
-    )
+    return torch.where(hyper.finite, lr, 0.0), torch.where(hyper.finite, momentum, 1.0)
 
 
 def _add_scaled_(parameter: Tensor, direction: Tensor, scale: Scalar, sign: float) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kfac_triton.benchmarks import cli, environment
+from kfac_triton.tuning import commands
 
 FILE = """
 import torch
@@ -64,7 +65,7 @@ def test_a_run_leaves_a_report_and_the_same_command_has_nothing_left_to_do(
 def test_a_finished_folder_is_begun_anew_when_asked(spec: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(small(spec, "--optimizers", "sgd-default", "--quiet")) == 0
     assert capfd.readouterr().err == ""
-    assert cli.main(small(spec, "--optimizers", "sgd")) == cli.MISTAKE
+    assert cli.main(small(spec, "--optimizers", "sgd")) == commands.MISTAKE
     assert "another plan (optimizers sgd-default there, sgd here)" in capfd.readouterr().err
     assert cli.main(small(spec, "--optimizers", "sgd", "--overwrite")) == 0
 
@@ -96,7 +97,7 @@ def test_a_mistake_ends_with_two_and_says_how_to_mend_it(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     before = sorted(path.name for path in tmp_path.rglob("*") if "__pycache__" not in str(path))
-    assert cli.main(arguments) == cli.MISTAKE == 2
+    assert cli.main(arguments) == commands.MISTAKE == 2
     complaint = capfd.readouterr().err
     assert said in complaint and "Traceback" not in complaint
     if complaint.startswith("kfac-bench: "):
@@ -122,7 +123,7 @@ def test_a_fault_of_ours_ends_with_one(spec: str, monkeypatch: pytest.MonkeyPatc
         raise ZeroDivisionError
 
     monkeypatch.setattr(race.Race, "go", broken)
-    assert cli.main(small(spec)) == cli.FAULT == 1
+    assert cli.main(small(spec)) == commands.FAULT == 1
 
 
 def test_the_built_in_tasks_are_listed(capfd: pytest.CaptureFixture[str]) -> None:

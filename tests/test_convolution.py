@@ -238,3 +238,21 @@ def test_a_step_of_a_grouped_convolution_preconditions_each_group():
     V = torch.cat(V)
     dense.assert_exact(conv.weight.detach(), weight - 0.5 * V[:, :-1].reshape(weight.shape))
     dense.assert_exact(conv.bias.detach(), bias - 0.5 * V[:, -1])
+
+
+def test_a_weight_whose_axes_lie_in_another_order():
+    """Height and width swapped in memory: the same steps as with the usual order."""
+    models = []
+    for swap in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 3, (2, 3)), Readout()).double()
+        if swap:
+            weight = model[0].weight.detach().transpose(2, 3).contiguous().transpose(2, 3)
+            model[0].weight = nn.Parameter(weight)
+        optimizer = KFAC(model, likelihood="gaussian", compile=False)
+        for seed in range(3):
+            optimizer.zero_grad()
+            model(dense.randn(4, 2, 5, 5, seed=seed)).square().sum().backward()
+            optimizer.step()
+        models.append(model)
+    torch.testing.assert_close(models[0][0].weight, models[1][0].weight)

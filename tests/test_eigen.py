@@ -156,3 +156,19 @@ def test_a_factor_that_is_not_finite_leaves_the_last_bases(bad):
 def test_rounded_products_are_refused():
     with pytest.raises(ValueError, match='precision must be "auto" or "ieee" with approximation="eigen"; got "bf16"'):
         optimizer_of(network(), precision="bf16")
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("eigen", "kronecker"), ("kronecker", "eigen")])
+def test_a_checkpoint_of_another_approximation(saved, loaded):
+    """The factors are the same; what was made of them for the other form is dropped and made anew in the next step."""
+    model, other = network(), network()
+    optimizer = KFAC(model, likelihood="categorical", approximation=saved, compile=False)
+    train(model, optimizer, range(3))
+    other.load_state_dict(model.state_dict())
+    twin = KFAC(other, likelihood="categorical", approximation=loaded, compile=False)
+    twin.load_state_dict(optimizer.state_dict())
+    train(other, twin, range(3, 4))
+    for layer in (other[0], other[3], other[5]):
+        state = twin.state[layer.weight]
+        assert eigen.stored(state) == (loaded == "eigen")
+        assert ("A_inv" in state) == (loaded == "kronecker")

@@ -155,7 +155,9 @@ def test_program_order_does_not_matter(program_order):
 
 
 def test_an_empty_tensor(apply):
-    apply(make((0, 1, 3)))
+    entry = make((0, 1, 3))
+    apply(entry)
+    assert entry[0].shape == (0, 1, 3)
 
 
 @pytest.mark.gpu

@@ -17,10 +17,10 @@ from kfac_triton.benchmarks.plan import Overhead, Plan, Request, check, derive, 
 from kfac_triton.benchmarks.race import Race, run_path, target_path
 from kfac_triton.benchmarks.results import collect
 from kfac_triton.benchmarks.step import StepOptions, compare_steps
-from kfac_triton.benchmarks.store import read_json
 from kfac_triton.benchmarks.worker import Job, measure_apart
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.problems import find_task
+from kfac_triton.tuning.store import read_json
 from kfac_triton.tuning.study import TrialRow
 from kfac_triton.tuning.task import Task
 from kfac_triton.tuning.trainer import Point

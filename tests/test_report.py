@@ -16,9 +16,9 @@ from kfac_triton.benchmarks import report
 from kfac_triton.benchmarks.plan import Plan, Request, write_plan
 from kfac_triton.benchmarks.race import run_path, target_path, tuning_path
 from kfac_triton.benchmarks.results import collect, spread
-from kfac_triton.benchmarks.store import write_json
 from kfac_triton.benchmarks.verdicts import first_below
 from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.store import write_json
 
 DATA = {"name": "made up", "source": "by this test", "digest": "ab" * 32, "size": "3 + 2"}
 SEEDS = (1, 2, 3)

@@ -14,11 +14,11 @@ from kfac_triton.benchmarks import cli, report
 from kfac_triton.benchmarks.plan import Plan, Request, derive, write_plan
 from kfac_triton.benchmarks.race import run_path, target_path, tuning_path
 from kfac_triton.benchmarks.results import collect
-from kfac_triton.benchmarks.store import read_json, write_json
 from kfac_triton.benchmarks.suites import SUITES, findings
 from kfac_triton.tuning.baselines import ENTRANTS
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.problems import BUILT_IN
+from kfac_triton.tuning.store import read_json, write_json
 
 PAPER = SUITES["paper"]
 SEEDS = (1, 2, 3)

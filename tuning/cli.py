@@ -1,20 +1,18 @@
 """The command `kfac-tune`.
 
-Exit status: 0 done, 2 a user's mistake (one line says which and how to mend it), 1 a fault of ours.
-
 torch and Triton are imported by the commands that need them, so that help comes at once.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from kfac_triton.tuning.commands import status_of
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from kfac_triton.tuning.gpus import GPU
     from kfac_triton.tuning.tiles import Row, Search
 
-FAULT, MISTAKE, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     help="Finds what suits your model and your GPU, in files that the optimizer loads.",
@@ -207,24 +204,4 @@ def show(path: Annotated[Path, typer.Argument(help="A tile file.")]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    from kfac_triton.tuning.errors import Mistake
-
-    try:
-        answer: Any = app(args=arguments, standalone_mode=False)
-    except Mistake as mistake:
-        return _complain(str(mistake), MISTAKE)
-    except KeyboardInterrupt:
-        return _complain("interrupted; the same command goes on", INTERRUPTED)
-    except Exception as error:
-        show_usage = getattr(error, "show", None)  # a usage error of the command line itself
-        if show_usage is not None:
-            show_usage()
-            return MISTAKE
-        traceback.print_exc()
-        return FAULT
-    return answer if isinstance(answer, int) else 0
-
-
-def _complain(text: str, status: int) -> int:
-    print(f"kfac-tune: {text}", file=sys.stderr)
-    return status
+    return status_of(app, "kfac-tune", arguments)

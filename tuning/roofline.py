@@ -73,13 +73,10 @@ class Work:
 
 
 class Estimate(NamedTuple):
-    """Seconds, and where they go; `bound` names the longest part of a step, or "memory" for the device's."""
+    """Seconds; `bound` names the longest part of a step, or "memory" for the device's."""
 
     seconds: float
     bound: str
-    resident: int
-    waves: int
-    parts: dict[str, float]
 
 
 def programs(work: Work, tile: TileLike) -> int:
@@ -114,8 +111,7 @@ def estimate(gpu: GPU, work: Work, tile: TileLike, parts: int, footprint: Footpr
     if parts > 1:
         seconds += LAUNCH + every * tile.block**2 * 4 / gpu.bandwidth
     floor = LAUNCH + _traffic(work, tile) / gpu.bandwidth
-    named = {**{name: steps * waves * value for name, value in step.items()}, "epilogue": epilogue * together * waves}
-    return Estimate(max(seconds, floor), "memory" if floor > seconds else bound, together, waves, named)
+    return Estimate(max(seconds, floor), "memory" if floor > seconds else bound)
 
 
 def _step(gpu: GPU, work: Work, tile: TileLike, footprint: Footprint, together: int) -> dict[str, float]:

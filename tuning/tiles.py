@@ -27,6 +27,7 @@ from kfac_triton.tuning.gpus import GPU
 from kfac_triton.tuning.machine_code import Configuration, Facts
 from kfac_triton.tuning.roofline import Estimate, Footprint, Work
 from kfac_triton.tuning.shapes import Shape
+from kfac_triton.tuning.store import write_json, write_text
 
 TRITON_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
 PARTS = (1, 2, 4, 8, 16, 32)
@@ -118,10 +119,7 @@ class KnownFacts:
         if self.path is None:
             return
         held = {name: facts if isinstance(facts, str) else facts._asdict() for name, facts in self.known.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"digest": self.digest, "facts": held}))
-        partial.replace(self.path)
+        write_json(self.path, {"digest": self.digest, "facts": held})
 
 
 def _facts(value: Any) -> Facts | str:
@@ -251,10 +249,7 @@ def write(path: Path, held: dict[str, Any]) -> None:
     """Writes a tile file, one entry a line, whole or not at all."""
     head = {name: value for name, value in held.items() if name != "entries"}
     entries = ",\n".join(json.dumps(entry) for entry in held["entries"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(head)[:-1] + ', "entries": [\n' + entries + "\n]}\n")
-    partial.replace(path)
+    write_text(path, json.dumps(head)[:-1] + ', "entries": [\n' + entries + "\n]}\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

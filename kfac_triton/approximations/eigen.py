@@ -70,3 +70,8 @@ def memory(weight: Tensor, layout: Layout) -> int:
 def stored(state: dict[str, Any]) -> bool:
     """Whether there are bases in the state of a weight."""
     return "Q_A" in state
+
+
+def ready(state: dict[str, Any]) -> bool:
+    """Whether the state of a weight holds what a step multiplies with: bases, or inverses."""
+    return stored(state) or "A_inv" in state

@@ -141,11 +141,6 @@ def settle(states: Sequence[dict[str, Any]]) -> None:
     average.settle_([(state, name) for state in states for name in "AG"])
 
 
-def ready(state: dict[str, Any]) -> bool:
-    """Whether the state of a weight holds what a step multiplies with: inverses, or eigenbases."""
-    return "A_inv" in state or "Q_A" in state
-
-
 class Refresh(NamedTuple):
     """The weight whose inverses are due: its state, its layout and its damping."""
 

@@ -67,14 +67,17 @@ class Layout:
         return weight.reshape(weight_shape), bias
 
     def by_taps(self, parameter: Tensor) -> Tensor:
-        """The weight, or the bias, as (d_out, taps, channels), a view: one tap but for a convolution."""
+        """The weight, or the bias, as (d_out, taps, channels): one tap but for a convolution.
+
+        A view, unless the height and width of a filter do not lie behind one another in memory.
+        """
         if parameter.dim() == 1:
             return parameter.view(-1, 1, 1)
         if self.transposed:
             return parameter.t().unsqueeze(1)
         if parameter.dim() == 2:
             return parameter.unsqueeze(1)
-        return parameter.view(*parameter.shape[:2], -1).transpose(1, 2)
+        return parameter.flatten(2).transpose(1, 2)
 
     def parts(self, matrix: Tensor, weight_shape: torch.Size) -> list[Tensor]:
         """What of a matrix belongs to the weight, and to the bias if there is one, each as `by_taps` has it."""
