@@ -83,9 +83,9 @@ def run(
     """Tune, race and report; interrupted, the same command goes on."""
     import torch
 
-    from kfac_triton.benchmarks.environment import find_device
     from kfac_triton.benchmarks.plan import Request
     from kfac_triton.benchmarks.suites import find_suite
+    from kfac_triton.tuning.environment import find_device
 
     whole = None if suite is None else find_suite(suite)
     named = tuple(name.strip() for name in (optimizers or "").split(",") if name.strip())
@@ -110,10 +110,10 @@ def run(
 
 def _race(request: Request, out: Path, data: Path | None, overwrite: bool, quiet: bool) -> None:
     from kfac_triton.benchmarks import report as report_of
-    from kfac_triton.benchmarks.environment import find_device
     from kfac_triton.benchmarks.plan import check, derive, open_folder, write_plan
     from kfac_triton.benchmarks.progress import Progress
     from kfac_triton.benchmarks.race import Race, measure_overhead
+    from kfac_triton.tuning.environment import find_device
     from kfac_triton.tuning.problems import find_task
 
     check(request)
@@ -177,8 +177,8 @@ def step(
     """Compare the cost of one step, interleaved in one process."""
     import torch
 
-    from kfac_triton.benchmarks.environment import find_device
     from kfac_triton.benchmarks.step import StepOptions, compare_steps, print_costs
+    from kfac_triton.tuning.environment import find_device
     from kfac_triton.tuning.problems import find_task
 
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -197,7 +197,7 @@ def kernels(
 ) -> None:
     """Check every kernel on the device against float64, then time it against torch's libraries: 8 minutes at most."""
     from kfac_triton.benchmarks import kernels as bench
-    from kfac_triton.benchmarks.environment import find_device
+    from kfac_triton.tuning.environment import find_device
     from kfac_triton.tuning.errors import Mistake
 
     found = find_device(device)

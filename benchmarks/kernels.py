@@ -20,8 +20,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from kfac_triton import ops
-from kfac_triton.benchmarks.environment import describe
 from kfac_triton.tuning import gpus
+from kfac_triton.tuning.environment import describe
 from kfac_triton.tuning.gpus import GPU
 from kfac_triton.tuning.store import write_json, write_text
 from kfac_triton.tuning.tiles import seconds_of

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 
 import torch
 
-from kfac_triton.benchmarks import environment
 from kfac_triton.benchmarks.plan import RACE, TARGET, Overhead, Plan
 from kfac_triton.benchmarks.worker import Job, measure, measure_apart
+from kfac_triton.tuning import environment
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.store import read_json, write_json

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kfac_triton.benchmarks import environment
+from kfac_triton.tuning import environment
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.problems import AUTOENCODERS, JUDGED, autoencoder, shuffled

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kfac_triton.benchmarks import environment
+from kfac_triton.tuning import environment
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.problems import find_task

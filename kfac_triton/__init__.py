@@ -2,6 +2,7 @@
 
 from kfac_triton.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from kfac_triton.optimizer import KFAC
+from kfac_triton.tuned import load_tuned
 from kfac_triton.version import __version__
 
-__all__ = ["KFAC", "Bernoulli", "Categorical", "Gaussian", "Likelihood", "__version__"]
+__all__ = ["KFAC", "Bernoulli", "Categorical", "Gaussian", "Likelihood", "__version__", "load_tuned"]

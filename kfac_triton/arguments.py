@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,17 @@ def checked_model(model: object) -> nn.Module:
         f"model must be a torch.nn.Module, since K-FAC sees the layers' inputs; got {type(model).__name__}. "
         "Write KFAC(model, ...), not KFAC(model.parameters(), ...); a subset of parameters goes to params="
     )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside what torch.compile and (Distributed)DataParallel made of it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
 
 
 DEFAULT_KL_CLIP = 1e-3

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from kfac_triton import arguments, assembly, checkpoint, schedules
+from kfac_triton import arguments, assembly, checkpoint, schedules, tuned
 from kfac_triton.adaptive import AdaptiveStep
 from kfac_triton.approximations import average, eigen, kronecker, tridiagonal
 from kfac_triton.capture import Streams
@@ -84,6 +84,7 @@ class KFAC(torch.optim.Optimizer):
             one search for gamma to the next, where that keeps 95 % of what the quadratic model promises.
         seed: of the sampled targets.
         compile: compile the step. Without a C++ compiler: one warning, then eager.
+        tuned_for: from `load_tuned`: what the other arguments were tuned for. Another model or device: a warning.
 
     Raises:
         TypeError: `model` is no module.
@@ -127,6 +128,7 @@ class KFAC(torch.optim.Optimizer):
         precision: str = "auto",
         seed: int = 0,
         compile: bool = True,
+        tuned_for: Mapping[str, Any] | None = None,
     ) -> None:
         arguments.checked_model(model)
         self._settings = arguments.settings(
@@ -167,7 +169,9 @@ class KFAC(torch.optim.Optimizer):
         if defaults["adaptive_lr"] and fallback_lr is None:
             fallback_lr = arguments.DEFAULT_FALLBACK_LR
         defaults["fallback_ratio"] = arguments.fallback_ratio(fallback_lr, schedules.peak(defaults, "lr"))
-        self._module = unwrapped(model)
+        self._module = arguments.unwrapped(model)
+        if tuned_for is not None:
+            tuned.compare(tuned_for, self._module)
         if params is None:
             params = [p for p in self._module.parameters() if p.requires_grad]
         super().__init__(params, defaults)
@@ -206,7 +210,7 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: the model lacks one of the parameters, or has it in another shape.
         """
-        module = unwrapped(arguments.checked_model(model))
+        module = arguments.unwrapped(arguments.checked_model(model))
         checkpoint.rebind(self, dict(module.named_parameters()), self._names)
         self.close()
         self._attach(module)
@@ -502,14 +506,3 @@ def factor_diagnostics(F: Tensor) -> dict[str, float]:
     eigenvalues = (F if diagonal else torch.linalg.eigvalsh(F.double())).double().flatten()
     least, most = float(eigenvalues.min()), float(eigenvalues.max())
     return {"trace": float(eigenvalues.sum()), "condition": most / least if least > 0 else math.inf}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside what torch.compile and (Distributed)DataParallel made of it."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = cast(nn.Module, model._orig_mod)
-        else:
-            return model

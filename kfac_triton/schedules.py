@@ -68,6 +68,13 @@ class _Ramp(Schedule):
         return max(self.start, self.end)
 
 
+class Linear(_Ramp):
+    """From `start` to `end` along a line, over `steps`; then `end`."""
+
+    def __call__(self, step: int) -> float:
+        return self.start + (self.end - self.start) * self._share(step)
+
+
 class Exponential(_Ramp):
     """From `start` to `end`, both positive, by a constant factor a step, over `steps`; then `end`."""
 
@@ -135,7 +142,9 @@ class WarmUp(Schedule):
         return {"kind": "WarmUp", "steps": self.steps, "then": self.then.as_numbers()}
 
 
-KINDS: dict[str, type[Schedule]] = {kind.__name__: kind for kind in (Constant, Exponential, Cosine, StepWise, WarmUp)}
+KINDS: dict[str, type[Schedule]] = {
+    kind.__name__: kind for kind in (Constant, Linear, Exponential, Cosine, StepWise, WarmUp)
+}
 
 
 def restored(numbers: dict[str, Any]) -> Schedule:
@@ -144,6 +153,18 @@ def restored(numbers: dict[str, Any]) -> Schedule:
     if "then" in values:
         values["then"] = restored(values["then"])
     return KINDS[numbers["kind"]](**values)
+
+
+def stretched(numbers: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """What `as_numbers` wrote down, over `ratio` times as many steps."""
+    found = dict(numbers)
+    if "steps" in found:
+        found["steps"] = max(1, round(found["steps"] * ratio))
+    if "milestones" in found:
+        found["milestones"] = tuple(round(milestone * ratio) for milestone in found["milestones"])
+    if "then" in found:
+        found["then"] = stretched(found["then"], ratio)
+    return found
 
 
 def take_out(group: dict[str, Any]) -> None:

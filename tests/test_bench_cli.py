@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kfac_triton.benchmarks import cli, environment
-from kfac_triton.tuning import commands
+from kfac_triton.benchmarks import cli
+from kfac_triton.tuning import commands, environment
 
 FILE = """
 import torch

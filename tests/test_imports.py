@@ -20,8 +20,8 @@ ROOT = Path(kfac_triton.__file__).parent
 # then of the optimizer, then of the tools around it.
 LEVELS = [
     {"kernels", "version", "likelihoods", "distributed", "schedules", "averaging", "batching", "initialisation"}
-    | {"tuned"},
-    {"ops", "arguments", "damping"},
+    | {"arguments"},
+    {"ops", "damping", "tuned"},
     {"blocks", "factors", "chain"},
     {"update", "capture"},
     {"approximations", "fisher", "compiled"},

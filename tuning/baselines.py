@@ -19,17 +19,46 @@ from kfac_triton.tuning.task import Task
 
 Hyper = Mapping[str, Any]
 Build = Callable[[nn.Module, Task, Hyper, bool], torch.optim.Optimizer]
+Follow = Callable[[torch.optim.Optimizer, Hyper], Callable[[float], None]]
+
+
+def by_share(optimizer: torch.optim.Optimizer, hyper: Hyper) -> Callable[[float], None]:
+    """`apply_schedule` from a fresh optimizer's values; "horizon" is the share of the seconds at which it ends."""
+    initial, horizon = initial_values(optimizer), hyper.get("horizon", 1.0)
+    return lambda progress: apply_schedule(optimizer, initial, hyper, min(progress / horizon, 1.0))
+
+
+def apply_schedule(
+    optimizer: torch.optim.Optimizer, initial: list[dict[str, Any]], hyper: Hyper, progress: float
+) -> None:
+    """Sets lr, and damping where it is scheduled, in all groups; `initial` is from `initial_values`."""
+    scale = factor(hyper.get("schedule", "constant"), progress, hyper.get("warmup", 0.0))
+    damping_scale = hyper.get("damping_end", 1.0) ** progress
+    for group, start in zip(optimizer.param_groups, initial, strict=True):
+        group["lr"] = start["lr"] * scale
+        if start["damping"] is not None:
+            group["damping"] = start["damping"] * damping_scale
+
+
+def initial_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What schedules multiply: each group's lr and, for a K-FAC that does not adapt it, damping."""
+    return [
+        {"lr": group["lr"], "damping": None if group.get("adaptive_damping") else group.get("damping")}
+        for group in optimizer.param_groups
+    ]
 
 
 @dataclass(frozen=True)
 class Entrant:
     """An optimizer of a race. `build(model, task, hyper, compile)`; `tuned`: it takes part in the search; `growing`: on
-    batches that grow."""
+    batches that grow; `schedule(optimizer, hyper)` gives what is to be called before every step, with the share of the
+    run's seconds that is spent."""
 
     name: str
     build: Build
     tuned: bool = True
     growing: bool = False
+    schedule: Follow = by_share
 
 
 def build_sgd(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
@@ -101,7 +130,7 @@ def build_default_adamw(model: nn.Module, task: Task, hyper: Hyper, compile: boo
     return torch.optim.AdamW(model.parameters())
 
 
-SCHEDULE_NAMES = ("schedule", "warmup", "damping_end")
+SCHEDULE_NAMES = ("schedule", "warmup", "damping_end", "horizon")
 ENTRANTS = {
     entrant.name: entrant
     for entrant in (
@@ -135,23 +164,3 @@ def in_force(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     plain = (bool, int, float, str, tuple, type(None))
     every = {**group, **getattr(optimizer, "settings", {})}
     return {name: value if isinstance(value, plain) else repr(value) for name, value in every.items()}
-
-
-def apply_schedule(
-    optimizer: torch.optim.Optimizer, initial: list[dict[str, Any]], hyper: Hyper, progress: float
-) -> None:
-    """Sets lr, and damping where it is scheduled, in all groups; `initial` is from `initial_values`."""
-    scale = factor(hyper.get("schedule", "constant"), progress, hyper.get("warmup", 0.0))
-    damping_scale = hyper.get("damping_end", 1.0) ** progress
-    for group, start in zip(optimizer.param_groups, initial, strict=True):
-        group["lr"] = start["lr"] * scale
-        if start["damping"] is not None:
-            group["damping"] = start["damping"] * damping_scale
-
-
-def initial_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What schedules multiply: each group's lr and, for a K-FAC that does not adapt it, damping."""
-    return [
-        {"lr": group["lr"], "damping": None if group.get("adaptive_damping") else group.get("damping")}
-        for group in optimizer.param_groups
-    ]

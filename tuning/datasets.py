@@ -85,13 +85,21 @@ def load_digits() -> Dataset:
     return _dataset("digits", "scikit-learn", pixels[~held_out], pixels[held_out], labels[~held_out], labels[held_out])
 
 
+def load_fashion(folder: str | os.PathLike[str] | None = None) -> Dataset:
+    """Fashion-MNIST's 60,000 + 10,000 garments from its four IDX files, of Debian's package dataset-fashion-mnist or in
+    `folder`; where there are none, and no folder was named, CURVES' strokes stand in, to be sorted by their length.
+    """
+    found = _locate(folder, _fashion_in, f"no Fashion-MNIST there; it needs {_wanted()}, in fashion-mnist/")
+    return _generated_fashion() if found is None else _read_mnist(found, "fashion-mnist", "Fashion-MNIST IDX files")
+
+
 def load_mnist(folder: str | os.PathLike[str] | None = None) -> Dataset:
     """The 60,000 + 10,000 MNIST digits from the four IDX files, gzipped or not.
 
     Raises:
         Mistake: the files are not in `folder`; or, without one, they are nowhere and cannot be downloaded.
     """
-    return _read_mnist(find_mnist(folder))
+    return _read_mnist(find_mnist(folder), "mnist", "MNIST IDX files")
 
 
 def find_mnist(folder: str | os.PathLike[str] | None = None) -> Path:
@@ -103,7 +111,8 @@ def find_mnist(folder: str | os.PathLike[str] | None = None) -> Path:
 def usual_folders() -> list[Path]:
     """Where data is looked for without an explicit folder, in this order."""
     named = os.environ.get("KFAC_DATA")
-    usual = [cache_folder(), Path("data"), Path.home() / "data", Path.home() / ".cache" / "torchvision"]
+    home = Path.home()
+    usual = [cache_folder(), Path("data"), home / "data", home / ".cache" / "torchvision", Path("/usr/share/datasets")]
     return [Path(named), *usual] if named else usual
 
 
@@ -130,6 +139,23 @@ def _mnist_in(folder: Path) -> Path | None:
         if all(_file(place, name) is not None for name in MNIST_FILES):
             return place
     return None
+
+
+def _fashion_in(folder: Path) -> Path | None:
+    for place in (folder / "fashion-mnist", folder / "FashionMNIST" / "raw"):
+        if all(_file(place, name) is not None for name in MNIST_FILES):
+            return place
+    return None
+
+
+@lru_cache(maxsize=1)
+def _generated_fashion(train: int = 20_000, test: int = 5_000) -> Dataset:
+    """Strokes in ten classes of equal size, by the ink that they take."""
+    pixels = curves_recipe.generate(train + test, curves_recipe.SEED + 1)
+    rank = np.argsort(np.argsort(pixels.sum(1, dtype=np.int64), kind="stable"), kind="stable")
+    labels = (rank * 10 // len(rank)).astype(np.uint8)
+    source = f"generated, seed {curves_recipe.SEED + 1}: Fashion-MNIST was not found"
+    return _dataset("strokes", source, pixels[:train], pixels[train:], labels[:train], labels[train:])
 
 
 def _file(folder: Path, name: str) -> Path | None:
@@ -232,12 +258,12 @@ def _downloaded_olivetti() -> NDArray[np.uint8]:
 
 
 @lru_cache(maxsize=1)
-def _read_mnist(folder: Path) -> Dataset:
+def _read_mnist(folder: Path, name: str, source: str) -> Dataset:
     train, train_labels, test, test_labels = (_read_idx(folder, name) for name in MNIST_FILES)
     if not (train.ndim == test.ndim == 3 and len(train) == len(train_labels) and len(test) == len(test_labels)):
-        raise Mistake(f"MNIST in {folder}: images {train.shape} and labels {train_labels.shape} do not fit together")
+        raise Mistake(f"{name} in {folder}: images {train.shape} and labels {train_labels.shape} do not fit together")
     flat = [pixels.reshape(len(pixels), -1) for pixels in (train, test)]
-    return _dataset("mnist", "MNIST IDX files", flat[0], flat[1], train_labels, test_labels)
+    return _dataset(name, source, flat[0], flat[1], train_labels, test_labels)
 
 
 def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:

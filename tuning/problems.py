@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfac_triton.initialisation import sparse_
-from kfac_triton.tuning.datasets import Dataset, load_curves, load_digits, load_faces, load_mnist
+from kfac_triton.tuning.datasets import Dataset, load_curves, load_digits, load_faces, load_fashion, load_mnist
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.task import Batches, Metric, Task, load_user_task
 
@@ -64,6 +64,22 @@ def digits(data: Path | None, device: torch.device) -> Task:
         name="digits",
         metric="training cross-entropy (nats an image)",
         test=cross_entropy(images.test, images.test_labels),
+        data=(images.provenance,),
+    )
+
+
+def fashion_cnn(data: Path | None, device: torch.device) -> Task:
+    """Two strided convolutions and two linear layers on Fashion-MNIST (else on generated strokes), batch 256."""
+    images = _on(load_fashion(data), device)
+    return Task(
+        model=convolutional,
+        batches=shuffled(images.train, images.train_labels, 256),
+        loss=F.cross_entropy,
+        likelihood="categorical",
+        evaluate=cross_entropy(images.train[:JUDGED], images.train_labels[:JUDGED]),
+        name="fashion-cnn",
+        metric=f"cross-entropy (nats an image), first {JUDGED:,} training images",
+        test=cross_entropy(images.test[:JUDGED], images.test_labels[:JUDGED]),
         data=(images.provenance,),
     )
 
@@ -134,6 +150,7 @@ AUTOENCODERS = {
 
 BUILT_IN: dict[str, Callable[[Path | None, torch.device], Task]] = {
     "digits": digits,
+    "fashion-cnn": fashion_cnn,
     **{name: one.task for name, one in AUTOENCODERS.items()},
 }
 
@@ -162,6 +179,21 @@ def classifier(widths: tuple[int, ...]) -> nn.Sequential:
     for d_in, d_out in pairwise(widths):
         layers += [nn.Linear(d_in, d_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
+
+
+def convolutional() -> nn.Sequential:
+    """Rows of 28 x 28 pixels to ten logits: 8 and 16 filters of 3 x 3 at stride 2, 64 hidden units, ReLU between."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(784, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
 
 
 def summed_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ schedule family. A range is a number's; when the winner of the first part of a s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.schedules import SHAPES
@@ -17,6 +18,9 @@ from kfac_triton.tuning.schedules import SHAPES
 EDGE = 0.05  # share of a range, on its own scale, that counts as its edge
 STEP_BEYOND = 0.15  # share of the old range by which the first setting after a widening lies beyond the old edge
 Side = Literal["low", "high"]
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,25 @@ class Range:
         past = self.value(-STEP_BEYOND if side == "low" else 1 + STEP_BEYOND)
         return min(max(past, self.floor), self.ceiling)
 
+    def nearest(self, value: Any) -> float:
+        """`value` clipped to the range; its middle for None."""
+        return self.value(0.5) if value is None else min(max(float(value), self.low), self.high)
+
+    def suggest(self, trial: Trial, name: str) -> float:
+        if self.below_one:  # Optuna has no scale for this: the distance to one is drawn
+            return 1 - trial.suggest_float(self.name_drawn(name), 1 - self.high, 1 - self.low, log=True)
+        return trial.suggest_float(name, self.low, self.high, log=self.log)
+
+    def name_drawn(self, name: str) -> str:
+        """What Optuna knows the parameter `name` by."""
+        return f"1-{name}" if self.below_one else name
+
+    def drawn(self, value: float) -> float:
+        """`value` as Optuna knows it, inside the bounds that `suggest` gives."""
+        if not self.below_one:
+            return value
+        return min(max(1 - value, 1 - self.high), 1 - self.low)
+
     def describe(self) -> str:
         scale = "log of 1 - x" if self.below_one else "log" if self.log else "linear"
         return f"{self.low:g} to {self.high:g} ({scale})"
@@ -77,16 +100,63 @@ class Choice:
 
     values: tuple[Any, ...]
 
+    def nearest(self, value: Any) -> Any:
+        """`value` if it is one of these; else the nearest number, or the first."""
+        numbers = [v for v in (value, *self.values) if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        if value in self.values or len(numbers) <= len(self.values):
+            return value if value in self.values else self.values[0]
+        return min(self.values, key=lambda one: abs(one - value))
+
+    def suggest(self, trial: Trial, name: str) -> Any:
+        return trial.suggest_categorical(name, self.values)
+
+    def name_drawn(self, name: str) -> str:
+        return name
+
+    def drawn(self, value: Any) -> Any:
+        return value
+
     def describe(self) -> str:
         return "one of " + ", ".join(str(value) for value in self.values)
 
 
 @dataclass(frozen=True)
 class Space:
-    """Names and what each may be; `first` is the setting that is tried first."""
+    """Names and what each may be; `first` is the setting that is tried first.
+
+    `conditions`: {name: (other, values)} for a parameter that counts only where `other`, named before it, has one of
+    these values.
+    """
 
     parameters: dict[str, Range | Choice]
     first: dict[str, Any]
+    conditions: Mapping[str, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
+
+    def counts(self, name: str, setting: Mapping[str, Any]) -> bool:
+        """Whether `setting`, as far as it is known, leaves the parameter a meaning."""
+        other, values = self.conditions.get(name, ("", ()))
+        return not other or setting.get(other) in values
+
+    def suggest(self, trial: Trial) -> dict[str, Any]:
+        """A setting, as the trial's sampler has it."""
+        setting: dict[str, Any] = {}
+        for name, parameter in self.parameters.items():
+            if self.counts(name, setting):
+                setting[name] = parameter.suggest(trial, name)
+        return setting
+
+    def drawn(self, setting: Mapping[str, Any]) -> dict[str, Any]:
+        """`setting` in the names and scales that `suggest` draws."""
+        known = {name: self.parameters[name] for name in setting}
+        return {known[name].name_drawn(name): known[name].drawn(value) for name, value in setting.items()}
+
+    def moved_into(self, setting: Mapping[str, Any], otherwise: Mapping[str, Any]) -> dict[str, Any]:
+        """The nearest setting that the space has; what `setting` lacks comes from `otherwise`."""
+        moved: dict[str, Any] = {}
+        for name, parameter in self.parameters.items():
+            if self.counts(name, moved):
+                moved[name] = parameter.nearest(setting.get(name, otherwise.get(name)))
+        return moved
 
     def edges(self, setting: dict[str, Any]) -> dict[str, Side]:
         """The ranges at whose edge `setting` sits, an edge at a floor or a ceiling left out: nothing lies beyond."""

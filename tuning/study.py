@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kfac_triton.tuning.baselines import find_entrant
-from kfac_triton.tuning.space import Choice, Range, Space, find_space
+from kfac_triton.tuning.space import Space, find_space
 from kfac_triton.tuning.task import Task
 from kfac_triton.tuning.trainer import Budget, Point, Run, train
 
@@ -129,7 +129,7 @@ class Search:
         self._enqueue_known(done, space, edges)
         self.study.sampler = self._sampler()
         trial = self.study.ask()
-        setting = {name: _suggest(trial, name, space) for name in space.parameters}
+        setting = space.suggest(trial)
         run = self.run(setting, self._stop_rule())
         return self._tell(trial, setting, run)
 
@@ -159,11 +159,11 @@ class Search:
         if any(trial.state == TrialState.WAITING for trial in self.study.trials):
             return
         if done == 0:
-            self.study.enqueue_trial(_drawn(self.declared.first, self.declared))
+            self.study.enqueue_trial(self.declared.drawn(self.declared.first))
         elif done == self._declared_trials() and edges:
             winner = best(self.rows())
             if winner:
-                self.study.enqueue_trial(_drawn(self.declared.beyond(winner.setting, edges), space))
+                self.study.enqueue_trial(space.drawn(self.declared.beyond(winner.setting, edges)))
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         number = len(self.study.trials)
@@ -203,26 +203,3 @@ def _row(trial: FrozenTrial) -> TrialRow:
     run = trial.user_attrs["run"]
     value = math.inf if trial.value is None else trial.value
     return TrialRow(trial.number, trial.user_attrs["setting"], value, **run)
-
-
-def _suggest(trial: Trial, name: str, space: Space) -> Any:
-    parameter = space.parameters[name]
-    if isinstance(parameter, Choice):
-        return trial.suggest_categorical(name, parameter.values)
-    if parameter.below_one:  # Optuna has no scale for this: the distance to one is drawn
-        return 1 - trial.suggest_float(_gap(name), 1 - parameter.high, 1 - parameter.low, log=True)
-    return trial.suggest_float(name, parameter.low, parameter.high, log=parameter.log)
-
-
-def _drawn(setting: dict[str, Any], space: Space) -> dict[str, Any]:
-    """`setting` in the names and scales that `_suggest` draws."""
-    drawn = {}
-    for name, value in setting.items():
-        parameter = space.parameters[name]
-        below_one = isinstance(parameter, Range) and parameter.below_one
-        drawn[_gap(name) if below_one else name] = 1 - value if below_one else value
-    return drawn
-
-
-def _gap(name: str) -> str:
-    return f"1-{name}"

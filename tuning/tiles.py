@@ -22,18 +22,20 @@ from torch import Tensor
 from kfac_triton import tuned
 from kfac_triton.kernels import tiles as kernel_tiles
 from kfac_triton.kernels.tiles import Choice, Tile
-from kfac_triton.tuning import machine_code, roofline
+from kfac_triton.tuning import gpus, machine_code, roofline, shapes
 from kfac_triton.tuning.gpus import GPU
 from kfac_triton.tuning.machine_code import Configuration, Facts
 from kfac_triton.tuning.roofline import Estimate, Footprint, Work
 from kfac_triton.tuning.shapes import Shape
 from kfac_triton.tuning.store import write_json, write_text
+from kfac_triton.tuning.task import Task
 
 TRITON_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
 PARTS = (1, 2, 4, 8, 16, 32)
 SAVE_EVERY = 8  # compiled configurations between two writes of what is known
 TMA = ("sm_90", "sm_100", "sm_120")
 TIMED_ROUNDS, WARM_UP = 20, 3
+TOP = 6  # candidates of each shape that a device times
 
 Notify = Callable[[int, int], None]  # (done, in all)
 
@@ -250,6 +252,28 @@ def write(path: Path, held: dict[str, Any]) -> None:
     head = {name: value for name, value in held.items() if name != "entries"}
     entries = ",\n".join(json.dumps(entry) for entry in held["entries"])
     write_text(path, json.dumps(head)[:-1] + ', "entries": [\n' + entries + "\n]}\n")
+
+
+def measured_for(task: Task, device: torch.device) -> Path:
+    """Measures tiles for the shapes of a task's own steps; they join the device's tile file, which is returned."""
+    name, target = torch.cuda.get_device_name(device), tuned.target_of(device)
+    facts = KnownFacts(tuned.cache_folder() / f"facts-{target}.json")
+    search = Search(gpus.find(name) or gpus.for_target(target), shapes.of_task(task), facts)
+    search.compile(None, lambda done, total: None)
+    held = contents(name, target, [measured(row, device) for row in search.rows(TOP)], "measured")
+    path = tuned.cache_folder() / tuned.file_name(name)
+    if path.is_file():
+        before = tuned.read(path)
+        if before.get("source") == "measured" and before.get("target") == target:
+            held["entries"] = _joined(before["entries"], held["entries"])
+    write(path, held)
+    return path
+
+
+def _joined(before: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries by what they are for, the new ones in the place of old ones."""
+    names = ("kernel", "dtype", "precision", "shape")
+    return list({str([entry[name] for name in names]): entry for entry in (*before, *new)}.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from kfac_triton.batching import GrowingBatches
-from kfac_triton.tuning.baselines import Entrant, Hyper, apply_schedule, in_force, initial_values
+from kfac_triton.tuning.baselines import Entrant, Hyper, in_force
+from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.task import Task
 
 EVALUATION_SEED = 2**31 - 1  # of the batches that judge a task without `evaluate`
@@ -55,6 +56,7 @@ class Run:
     ended: str = "done"
     reason: str = ""
     in_force: dict[str, Any] = field(default_factory=dict)
+    evaluation_seconds: float = 0.0
 
     @property
     def final(self) -> float:
@@ -99,18 +101,21 @@ class Clock:
         self.seconds, self._since = self.read(), None
 
 
-def train(task: Task, entrant: Entrant, hyper: Hyper, seed: int, budget: Budget) -> Run:
-    """Trains a fresh model of `task` from `seed` for `budget.seconds`, judged at even distances on the clock."""
+def train(task: Task, entrant: Entrant, hyper: Hyper, seed: int, budget: Budget, *, warm: bool = True) -> Run:
+    """Trains a fresh model of `task` from `seed` for `budget.seconds`, judged at even distances on the clock.
+
+    `warm`: after a warm-up, which a process that has just trained with this optimizer can do without.
+    """
     # a state that decays into denormals would make a CPU slower by an order of magnitude
     torch.set_flush_denormal(True)
-    run = Run(compile_seconds=warm_up(task, entrant, hyper, budget))
+    run = Run(compile_seconds=warm_up(task, entrant, hyper, budget) if warm else 0.0)
     torch.manual_seed(seed)
     model = task.model().to(budget.device)
     optimizer = entrant.build(model, task, hyper, budget.compile)
     run.in_force = in_force(optimizer)
     try:
         batches = endless(task, seed)
-        _loop(task, model, optimizer, hyper, grown(batches) if entrant.growing else batches, budget, run)
+        _loop(task, model, optimizer, entrant, hyper, grown(batches) if entrant.growing else batches, budget, run)
     finally:
         _close(optimizer)
     return run
@@ -144,7 +149,7 @@ def train_step(
     device: torch.device,
 ) -> Tensor:
     """One step on the next batch; returns its loss before the step."""
-    inputs, targets = (_to(part, device) for part in next(batches))
+    inputs, targets = (moved(part, device) for part in next(batches))
 
     def closure() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -161,14 +166,16 @@ def train_step(
 
 def endless(task: Task, seed: int) -> Iterator[tuple[Any, Any]]:
     """The task's batches, begun again with another seed whenever they end."""
-    epoch = 0
+    epoch = count = 0
     while True:
         empty = True
         for batch in task.batches(seed + 1_000_003 * epoch):
             empty = False
+            count += 1
             yield batch
         if empty:
-            raise ValueError(f"task {task.name}: batches({seed}) yields nothing")
+            after = f" after {count} batches; batches(seed) must begin anew at every call" if count else ""
+            raise Mistake(f"task {task.name!r}: batches(seed) yields nothing{after}")
         epoch += 1
 
 
@@ -195,12 +202,13 @@ def _loop(
     task: Task,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    entrant: Entrant,
     hyper: Hyper,
     batches: Iterator[tuple[Any, Any]],
     budget: Budget,
     run: Run,
 ) -> None:
-    initial, clock = initial_values(optimizer), Clock(budget.device)
+    schedule, clock = entrant.schedule(optimizer, hyper), Clock(budget.device)
     stride = 1 if budget.device.type == "cpu" else GPU_STRIDE
     times: list[float] = []
     _judge(task, model, budget, run, clock)
@@ -209,7 +217,7 @@ def _loop(
     while run.ended == "done" and clock.read() < budget.seconds:
         begun, loss = clock.read(), torch.zeros(())
         for _ in range(stride):
-            apply_schedule(optimizer, initial, hyper, min(clock.read() / budget.seconds, 1.0))
+            schedule(min(clock.read() / budget.seconds, 1.0))
             loss = train_step(task, model, optimizer, batches, budget.device)
         run.steps += stride
         if not math.isfinite(float(loss)):
@@ -230,8 +238,10 @@ def _loop(
 
 
 def _judge(task: Task, model: nn.Module, budget: Budget, run: Run, clock: Clock) -> None:
+    begun = time.perf_counter()
     value = evaluate(task, model, budget.device)
     point = Point(clock.seconds, run.steps, value, held_out(task, model) if budget.held_out else None)
+    run.evaluation_seconds += time.perf_counter() - begun
     run.points.append(point)
     if not math.isfinite(value) or (run.points[0].train > 0 and value > EXPLODED * run.points[0].train):
         run.ended, run.reason = "diverged", f"the metric was {value:g} at step {run.steps}"
@@ -244,7 +254,7 @@ def _mean_loss(task: Task, model: nn.Module, device: torch.device) -> float:
     losses = []
     for _ in range(EVALUATION_BATCHES):
         inputs, targets = next(batches)
-        losses.append(float(task.loss(model(_to(inputs, device)), _to(targets, device))))
+        losses.append(float(task.loss(model(moved(inputs, device)), moved(targets, device))))
     return sum(losses) / len(losses)
 
 
@@ -258,13 +268,14 @@ def _quietly(model: nn.Module, measure: Callable[[], float]) -> float:
         model.train(was_training)
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch, or part of one, on `device`: tensors, and tuples, lists and dictionaries of them."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(part, device) for part in batch)
+        return type(batch)(moved(part, device) for part in batch)
     if isinstance(batch, dict):
-        return {name: _to(part, device) for name, part in batch.items()}
+        return {name: moved(part, device) for name, part in batch.items()}
     return batch
 
 

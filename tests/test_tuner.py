@@ -1,0 +1,355 @@
+"""The whole of kfac-tune from Python: stages, resumption, warm starts, verdicts, the time that it may take."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kfac_triton import KFAC, load_tuned, tuned
+from kfac_triton.schedules import Schedule
+from kfac_triton.tuning import Task, TunedResult, search, tiles, tune, tuner
+from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.objective import Objective
+from kfac_triton.tuning.storage import open_storage
+from kfac_triton.tuning.trials import Result, Trials
+from kfac_triton.tuning.tuner import HELD_OUT, Plan, Tuning, summary, verdict
+
+QUICK = {"trials": 5, "seconds": 0.12, "seeds": 2, "device": "cpu", "compile": False}
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 2))
+
+
+def batches(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        x = torch.randn(64, 6, generator=generator)
+        yield x, (x[:, 0] * x[:, 1] > 0).long()
+
+
+def evaluate(net: nn.Module) -> float:
+    x, y = next(batches(99))
+    return float(F.cross_entropy(net(x), y))
+
+
+TASK = Task(model, batches, F.cross_entropy, "categorical", evaluate, name="product")
+
+
+def studies(path: Path) -> dict[str, Trials]:
+    storage = open_storage(str(path))
+    return {
+        one.study_name: Trials(optuna.load_study(study_name=one.study_name, storage=storage), 0)
+        for one in storage.get_all_studies()
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[TunedResult, Path]:
+    """A tuning of everything, once for several tests."""
+    path = tmp_path_factory.mktemp("tuned") / "t.journal"
+    return tune(TASK, **QUICK, storage=str(path)), path
+
+
+def test_every_stage_is_in_the_result(done):
+    result, path = done
+    content = result.content
+    tuned.check(content, "result")
+    assert result.finished
+    assert set(content["evidence"]["searches"]) == {"kfac", "sgd", "adamw"}
+    assert all(found["trials"] == 5 for found in content["evidence"]["searches"].values())
+    assert list(content["evidence"]["held_out"]) == ["defaults", "tuned", "sgd", "adamw"]
+    for row in content["evidence"]["held_out"].values():
+        assert len(row["metric"]) == 2 and row["interval"][0] <= row["median"] <= row["interval"][1]
+        assert row["seconds_to_target"] is None and row["reached"] is None
+    spent = content["evidence"]["seconds"]
+    assert 0 < spent["training"] < spent["command"] and 0 < spent["evaluating"] < spent["command"]
+    assert content["model"]["parameters"] == 6 * 12 + 12 + 12 * 2 + 2
+    assert content["objective"] == {"seconds": 0.12, "target": None, "metric": "mean training loss"}
+    assert set(studies(path)) == {"product", "product/sgd", "product/adamw"}
+
+
+def test_the_first_trials_are_the_known_settings_and_the_seed_is_held_out(done):
+    _, path = done
+    found = studies(path)
+    assert [result.start for result in found["product"].results()][:4] == ["defaults", "lively", "paper", "bold"]
+    assert found["product/sgd"].results()[0].start == "first"
+    seeds = {key.split()[3] for key in found["product"].study.user_attrs if key.startswith("held-out")}
+    assert seeds == {str(HELD_OUT), str(HELD_OUT + 1)}
+
+
+def test_the_file_makes_the_optimizer(done, tmp_path):
+    result, _ = done
+    result.save(tmp_path / "tuned.json")
+    arguments = load_tuned(tmp_path / "tuned.json", model())
+    assert arguments["likelihood"] == "categorical"
+    assert {name: value for name, value in arguments.items() if name != "tuned_for"} == result.arguments
+    net = model()
+    with KFAC(net, compile=False, **arguments) as optimizer:
+        x, y = next(batches(0))
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+
+def test_going_on_runs_nothing_that_was_run(done, monkeypatch):
+    result, path = done
+    called = []
+    monkeypatch.setattr(search, "train", lambda *a, **k: called.append(a))
+    again = tune(TASK, **QUICK, storage=str(path))
+    assert not called
+    for name in ("arguments", "verdict"):
+        assert again.content[name] == result.content[name]
+    assert again.content["evidence"]["held_out"] == result.content["evidence"]["held_out"]
+
+
+def test_more_trials_go_on_from_those_there_are(done, tmp_path):
+    _, path = done
+    copy = tmp_path / "copy.journal"
+    copy.write_bytes(path.read_bytes())
+    before = studies(copy)["product"].results()
+    tune(TASK, **{**QUICK, "trials": 7}, storage=str(copy), baselines=())
+    after = studies(copy)["product"].results()
+    assert len(after) == 7 and after[:5] == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seconds": 0.2}, "seconds 0.12 there, 0.2 here"),
+        ({"target": 0.3}, "target None there, 0.3 here"),
+        ({"seed": 4}, "seed 0 there, 4 here"),
+        ({"fix": ("lr=0.1",)}, "space"),
+        ({"task": replace(TASK, model=lambda: nn.Linear(6, 2))}, "signature"),
+    ],
+)
+def test_a_study_of_something_else_is_left_alone(done, change, said):
+    _, path = done
+    before = path.read_bytes()
+    with pytest.raises(Mistake, match="name another --study or --storage") as error:
+        tune(**{"task": TASK, **QUICK, **change}, storage=str(path))
+    assert said in str(error.value) and "study 'product'" in str(error.value)
+    assert path.read_bytes() == before
+
+
+def test_a_study_of_another_version_or_of_another_tool_is_left_alone(tmp_path):
+    path = str(tmp_path / "t.journal")
+    optuna.create_study(storage=open_storage(path), study_name="product")
+    with pytest.raises(Mistake, match="none of this version of kfac-tune; name another --study"):
+        tune(TASK, **QUICK, storage=path)
+
+
+def test_a_second_study_begins_with_what_the_first_found(done, tmp_path):
+    _, path = done
+    copy = tmp_path / "copy.journal"
+    copy.write_bytes(path.read_bytes())
+    tune(TASK, **QUICK, storage=str(copy), study="second", baselines=())
+    best = min((r for r in studies(copy)["product"].results() if r.good), key=lambda r: r.value)
+    starts = {r.start: r.setting for r in studies(copy)["second"].results()}
+    if "study product" in starts:
+        assert starts["study product"] == best.setting
+    else:  # it was one of the known settings
+        assert best.setting in starts.values()
+
+
+def test_without_a_storage_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = tune(TASK, **{**QUICK, "trials": 2, "seeds": 1}, baselines=())
+    assert isinstance(result, TunedResult) and not list(tmp_path.iterdir())
+
+
+def test_a_target_is_what_the_defaults_end_with(tmp_path):
+    path = tmp_path / "t.journal"
+    result = tune(TASK, **{**QUICK, "trials": 2, "seeds": 1}, baselines=(), target="defaults", storage=str(path))
+    attributes = studies(path)["product"].study.user_attrs
+    ends = sorted(value["value"] for key, value in attributes.items() if key.startswith("target"))
+    assert len(ends) == 3 and result.content["objective"]["target"] == pytest.approx(ends[1], rel=1e-3)
+    again = tune(TASK, **{**QUICK, "trials": 2, "seeds": 1}, baselines=(), target="defaults", storage=str(path))
+    assert again.content["objective"] == result.content["objective"]
+
+
+def test_the_timeout_bounds_everything_and_the_rest_goes_on_later(tmp_path):
+    path, begun = tmp_path / "t.journal", time.monotonic()
+    asked = {**QUICK, "trials": 40, "seconds": 0.3}
+    result = tune(TASK, **asked, timeout=6.0, storage=str(path))
+    assert time.monotonic() - begun < 8.0
+    assert not result.finished
+    told = {name: len(trials.results()) for name, trials in studies(path).items()}
+    assert all(0 < number < 40 for number in told.values()), "every search had its share"
+    assert result.content["evidence"]["held_out"]["defaults"]["metric"], "the end had its share"
+
+
+def test_seconds_follow_from_the_timeout():
+    asked = {"timeout": 600.0, "trials": 30, "seeds": 5, "baselines": ("sgd", "adamw")}
+    seconds = tuner._seconds(asked)
+    assert 4 < seconds < 6
+    assert tuner._seconds({**asked, "timeout": None}) == tuner.SECONDS
+    assert tuner._seconds({**asked, "timeout": 1e6}) == tuner.SECONDS
+
+
+def test_nothing_good_keeps_the_defaults(monkeypatch):
+    """Every run but the defaults' on the held-out seeds diverges."""
+
+    def train(task, entrant, setting, seed, budget, *, warm):
+        run = search.Run()
+        for place in range(3):
+            value = math.nan if setting and place == 2 else 1.0 - 0.1 * place
+            run.points.append(search.Point(0.05 * place, place, value, None))
+            if setting and place == 2:
+                run.ended = "diverged"
+            else:
+                budget.stop(run.points[-1])
+        run.steps = 3
+        return run
+
+    monkeypatch.setattr(search, "train", train)
+    result = tune(TASK, **QUICK, baselines=("sgd",))
+    assert not result.better and result.arguments == {"likelihood": "categorical"}
+    assert "the defaults are kept" in result.content["verdict"]
+    tuned.check(result.content, "result")
+
+
+# ------------------------------------------------------------------------------------------------------------- verdict
+
+
+def runs(*values: float | None) -> list[Result]:
+    """Results whose time to the target is a value, None for a miss close to it."""
+    return [
+        Result({}, 10.5 if v is None else v, "done" if v is None else "reached", points=[(0.0, 9.0), (5.0, 1.0)])
+        for v in values
+    ]
+
+
+TIMED = Objective(10.0, target=1.0)
+
+
+def test_better_needs_a_better_median_and_most_of_the_seeds():
+    better, why = verdict({"defaults": runs(5, 6, 7), "tuned": runs(3, 3.5, 8)}, TIMED)
+    assert better and why == "better than the defaults on 2 of 3 held-out seeds: tuned 3.5 s, defaults 6 s"
+    better, why = verdict({"defaults": runs(5, 6, 7), "tuned": runs(4.9, 5.9, 6.9)}, TIMED)
+    assert not better and "not better than the defaults (on 3 of 3 held-out seeds), which are kept" in why
+    better, _ = verdict({"defaults": runs(5, 6, 100), "tuned": runs(5.1, 5.2, 99)}, TIMED)
+    assert better
+    better, _ = verdict({"defaults": runs(3, 5, 9), "tuned": runs(3.5, 4.5, 9.5)}, TIMED)
+    assert not better, "one of three"
+    assert not verdict({"defaults": runs(3), "tuned": []}, TIMED)[0]
+    assert not verdict({"defaults": runs(3)}, TIMED)[0]
+
+
+def test_the_verdict_names_baselines_that_did_better_and_misses():
+    found = {"defaults": runs(None, None, 9), "tuned": runs(3, 3, None), "sgd": runs(1, 2, 3), "adamw": runs(4, 4, 4)}
+    better, why = verdict(found, TIMED)
+    assert better
+    assert "tuned 3 s, defaults misses the target (1 of 3 reach it), sgd 2 s, adamw 4 s; sgd did better" in why
+
+
+def test_a_median_counts_misses_and_a_range_does_not():
+    row = summary(runs(2, None, 3), TIMED)
+    assert row["seconds_to_target"] == [2, None, 3] and row["median"] == 3 and row["interval"] == [2, 3]
+    assert row["reached"] == 2 and summary(runs(None, None, 3), TIMED)["median"] is None
+    free = summary([replace(one, ended="done") for one in runs(2, 3)], Objective(10.0))
+    assert free["median"] == 1.0 and free["metric"] == [1.0, 1.0] and free["seconds_to_target"] is None
+
+
+# ---------------------------------------------------------------------------------------------------- options and parts
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"trials": 0}, "--trials 0: at least 1"),
+        ({"seconds": 0.0}, "--seconds 0: a number above 0"),
+        ({"timeout": -1.0}, "--timeout -1: a number above 0"),
+        ({"jobs": 0}, "--jobs 0"),
+        ({"seeds": 0}, "--seeds 0"),
+        ({"jobs": 2}, "needs a --storage that the processes share"),
+        ({"jobs": 2, "storage": "x.journal"}, "needs a task that each process can load"),
+        ({"target": "best"}, "--target best: a number, or defaults"),
+        ({"baselines": ("sgd", "lion")}, "--baselines lion: among sgd, nesterov, adamw, or none"),
+        ({"baselines": ("kfac",)}, "--baselines kfac"),
+        ({"prune": "asha"}, "--pruner asha"),
+        ({"device": "cuda:7"}, "no such device"),
+        ({"fix": ("speed=1",)}, "no parameter 'speed'"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(tmp_path, monkeypatch, change, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Mistake) as error:
+        tune(TASK, **{**QUICK, **change})
+    assert said in str(error.value)
+
+
+def test_the_arguments_are_those_that_were_measured(done):
+    """The winner's schedules, in the file and on the held-out seeds, count the steps of a run."""
+    result, path = done
+    found = {key for key in studies(path)["product"].study.user_attrs if key.startswith("held-out tuned")}
+    assert len(found) == 2 and result.content["steps"] > 1
+    for value in result.arguments.values():
+        if isinstance(value, Schedule):
+            assert value.as_numbers()["kind"] in ("Linear", "Cosine", "Exponential", "WarmUp")
+
+
+def test_a_plan_that_every_worker_reads(done):
+    _, path = done
+    plan = Plan(**studies(path)["product"].study.user_attrs["plan"])
+    assert plan.task == "product" and plan.trials == 5 and plan.signature == tuned.signature(model())
+    assert plan.evaluations in search.EVALUATIONS
+
+
+def test_a_dear_evaluation_is_made_less_often():
+    slow = replace(TASK, evaluate=lambda net: time.sleep(0.02) or 1.0)
+    found = Tuning(slow, **_asked(seconds=2.5))
+    assert found.plan.evaluations == 12
+    assert Tuning(TASK, **_asked(seconds=20.0)).plan.evaluations == 24
+
+
+def _asked(**change):
+    idle = {
+        "timeout": None, "target": None, "storage": None, "study": None, "jobs": 1, "seed": 0, "space": None,
+        "fix": (), "baselines": (), "prune": "auto", "data": None, "note": lambda text: None,
+        "watch": lambda what, value: None,
+    }  # fmt: skip
+    return {**idle, **QUICK, **change}
+
+
+def test_tiles_are_measured_on_a_gpu_and_named(monkeypatch):
+    measured = []
+    monkeypatch.setattr(tiles, "measured_for", lambda task, device: measured.append(task) or Path("tiles-x.json"))
+    work = Tuning(TASK, **_asked())
+    work._measure_tiles()
+    assert work.tiles == "tiles-x.json" and measured == [work.task]
+    hurried = Tuning(TASK, **_asked(timeout=60.0))
+    hurried._measure_tiles()
+    assert hurried.tiles is None and len(measured) == 1
+
+
+def test_tiles_join_those_that_are_there():
+    old = [{"kernel": "syrk", "dtype": "float32", "precision": "ieee", "shape": [1], "parts": n} for n in (1, 2)]
+    new = {**old[0], "parts": 7}
+    other = {**old[0], "shape": [2]}
+    assert tiles._joined([other, old[0]], [new]) == [other, new]
+
+
+def test_interrupted_it_says_how_it_stands(monkeypatch):
+    work = Tuning(TASK, **_asked(trials=3, baselines=("sgd",)))
+    original = search.train
+
+    def train(*arguments, **options):
+        if len(work.studies["kfac"].trials) > 1 and len(Trials(work.studies["kfac"], 0).results()) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(search, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        work.go()
+    said = work.standing()
+    assert said.startswith("interrupted; kfac: 2 of 3 trials, best ") and said.endswith(
+        "sgd: 0 of 3 trials, none good yet"
+    )

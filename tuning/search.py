@@ -1,0 +1,254 @@
+"""The search of `kfac-tune` for one optimizer, as any number of workers take part in it.
+
+Optuna's TPE proposes. Its successive halving prunes (Hyperband from `HYPERBAND_FROM` trials on), on seconds: rungs are
+at a sixth and a half of a run's, and a third of the runs pass each, once `FEW` have. With a target, a run ends as soon
+as it is reached, and no later than `SLACK` times the best time yet: a run that has not reached it by then can't be the
+best. In the first `CORE_SHARE` of the trials everything but `core` keeps its first value.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
+from optuna.trial import Trial
+
+from kfac_triton.tuning import trials as outcomes
+from kfac_triton.tuning.baselines import Entrant
+from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.objective import Objective
+from kfac_triton.tuning.space import Space
+from kfac_triton.tuning.task import Task, one_line
+from kfac_triton.tuning.trainer import Budget, Point, Run, train
+from kfac_triton.tuning.trials import Result, Trials, curve
+
+EVALUATIONS = (24, 12, 6)  # of a run; multiples of 6, for the rungs
+REDUCTION = 3
+FEW = 4  # runs that pass a rung before one is pruned there
+PRUNERS = ("auto", "halving", "hyperband", "median", "none")
+HYPERBAND_FROM = 40  # trials: with fewer, its four brackets are too thin
+SLACK = 1.25  # what noise may make a run late by
+CORE_SHARE = 0.6
+RANDOM_SHARE = 0.2  # of the trials are random, beside the known starts, before TPE begins to model
+ALIKE = 3  # runs in a row that fail with the same error: it is not the settings' fault
+WAIT = 0.5  # seconds between two looks at what others still work on
+
+Watch = Callable[[str, Any], None]  # ("trial" | "point" | "told", what)
+
+
+class OutOfTime(Exception):
+    """The command's time is up, in the middle of a run."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How runs are made: on which task, from which seed, towards what, on which device; `deadline` on the monotonic
+    clock ends one in the middle."""
+
+    task: Task
+    objective: Objective
+    seed: int
+    device: torch.device
+    evaluations: int = EVALUATIONS[0]
+    compile: bool = False
+    deadline: float = math.inf
+
+
+def measure(
+    runs: Runs,
+    entrant: Entrant,
+    setting: Mapping[str, Any],
+    seed: int,
+    *,
+    stop: Callable[[Point, Sequence[Point]], str] | None = None,
+    warm: bool = True,
+) -> Result:
+    """One run of `setting` from `seed`: to the target, or to the end of its seconds, or until `stop` says why not.
+
+    Raises:
+        OutOfTime: at the deadline. Mistake: the task's fault.
+    """
+    begun, seen, why = time.perf_counter(), list[Point](), ""
+
+    def judge(point: Point) -> bool:
+        nonlocal why
+        seen.append(point)
+        if time.monotonic() > runs.deadline:
+            raise OutOfTime
+        if runs.objective.reached(seen) is not None:
+            why = outcomes.REACHED
+        elif stop is not None:
+            why = stop(point, seen)
+        return bool(why)
+
+    budget = Budget(runs.objective.seconds, runs.evaluations, runs.device, runs.compile, held_out=False, stop=judge)
+    own = dict(setting)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")  # torch's own, for forward mode
+            run = train(runs.task, entrant, own, seed, budget, warm=warm)
+    except (OutOfTime, Mistake):
+        raise
+    except Exception as error:
+        return _failed(runs, own, error, seen, time.perf_counter() - begun)
+    return _result(runs.objective, own, run, why, time.perf_counter() - begun)
+
+
+def _result(objective: Objective, setting: dict[str, Any], run: Run, why: str, wall: float) -> Result:
+    diverged = run.ended == outcomes.DIVERGED
+    ended = outcomes.DIVERGED if diverged else why if why in ("", outcomes.REACHED) else outcomes.PRUNED
+    return Result(
+        setting,
+        objective.worst(run.points) if diverged else objective.score(run.points),
+        ended or outcomes.DONE,
+        run.reason if diverged else why if ended == outcomes.PRUNED else "",
+        run.seconds,
+        run.evaluation_seconds,
+        wall,
+        run.steps,
+        curve(run.points),
+    )
+
+
+def _failed(runs: Runs, setting: dict[str, Any], error: Exception, seen: Sequence[Point], wall: float) -> Result:
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if runs.device.type == "cuda":
+        torch.cuda.empty_cache()
+    listed = ", ".join(f"{name}={value}" for name, value in setting.items())
+    reason = f"out of memory with {listed}" if memory else one_line(error)
+    seconds = seen[-1].seconds if seen else 0.0
+    value = runs.objective.worst(seen)
+    return Result(setting, value, outcomes.FAILED, reason, seconds, 0.0, wall, 0, curve(list(seen)))
+
+
+@dataclass
+class Search:
+    """The part of one worker in the search for `entrant`'s setting."""
+
+    runs: Runs
+    entrant: Entrant
+    space: Space
+    trials: Trials
+    pruner: str
+    core: tuple[str, ...] = ()
+    watch: Watch = lambda what, value: None
+    worker: int = 0
+
+    def go(self, *, stay: bool = True) -> bool:
+        """Works until every trial is told, or, unless `stay`, until nothing is left to begin; False: out of time.
+
+        Raises:
+            Mistake: the task's fault. KeyboardInterrupt: what was running is back in the queue.
+        """
+        warm = True
+        while not self.trials.complete:
+            if time.monotonic() > self.runs.deadline:
+                return False
+            trial = self.trials.claim(self._sampler)
+            if trial is not None:
+                if not self._run(trial, warm):
+                    return False
+                warm = self.runs.compile
+            elif not stay:
+                return True
+            elif not self.trials.complete:
+                time.sleep(WAIT)
+        return True
+
+    def _run(self, trial: Trial, warm: bool) -> bool:
+        try:
+            setting = self.space.suggest(trial)
+            self.watch("trial", (trial.number, setting))
+            if outcomes.attempts(trial) > outcomes.ATTEMPTS:
+                reason = f"its worker died {outcomes.ATTEMPTS} times"
+                result = Result(setting, self.runs.objective.worst([]), outcomes.FAILED, reason)
+            else:
+                with self.trials.alive(trial):
+                    result = measure(
+                        self.runs, self.entrant, setting, self.runs.seed, stop=self._stop_rule(trial), warm=warm
+                    )
+        except OutOfTime:
+            self.trials.give_back(trial)
+            return False
+        except BaseException:
+            self.trials.give_back(trial)
+            raise
+        result = replace(result, start=outcomes.start_of(trial), number=trial.number)
+        if self.trials.tell(trial, result):
+            self.watch("told", result)
+        self._check_failures()
+        return True
+
+    def _stop_rule(self, trial: Trial) -> Callable[[Point, Sequence[Point]], str]:
+        """Why a run is to end at a point, or "": too late for the target, or behind at a rung."""
+        objective, evaluations = self.runs.objective, self.runs.evaluations
+        rung = evaluations // 6
+        best = min((result.value for result in self.trials.results() if result.good), default=math.inf)
+        capped = self.pruner != "none"
+
+        def stop(point: Point, seen: Sequence[Point]) -> str:
+            self.watch("point", (trial.number, point))
+            if not math.isfinite(point.train):
+                return ""  # the trainer ends it
+            place = len(seen) - 1
+            if place == 0:
+                return ""
+            trial.report(objective.score(seen), place)
+            if capped and objective.hopeless(point, best, SLACK):
+                return f"no target after {point.seconds:.1f} s, the best took {best:.1f} s"
+            if place % rung == 0 and place < evaluations and trial.should_prune() and self._passed(place) >= FEW:
+                return f"behind after {point.seconds:.1f} s"
+            return ""
+
+        return stop
+
+    def _passed(self, place: int) -> int:
+        return sum(len(result.points) > place for result in self.trials.results())
+
+    def _sampler(self, number: int) -> BaseSampler:
+        """TPE made anew for every trial from (seed, trial, worker): going on after an interruption changes nothing."""
+        seed = random.Random(f"{self.runs.seed} {number} {self.worker}").randrange(2**32)
+        told = self.trials.results()
+        startup = max(2, round(RANDOM_SHARE * self.trials.wanted)) + sum(bool(result.start) for result in told)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            tpe = TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
+            if not self.core or len(told) >= CORE_SHARE * self.trials.wanted:
+                return tpe
+            first = {name: value for name, value in self.space.first.items() if name not in self.core}
+            return PartialFixedSampler(self.space.drawn(first), tpe)
+
+    def _check_failures(self) -> None:
+        """Raises: Mistake: the last runs all failed alike."""
+        last = self.trials.results()[-ALIKE:]
+        reasons = {result.reason for result in last}
+        if len(last) == ALIKE and all(result.ended == outcomes.FAILED for result in last) and len(reasons) == 1:
+            name = self.runs.task.name
+            raise Mistake(f"task {name!r}: {ALIKE} runs of {self.entrant.name} in a row failed: {last[0].reason}")
+
+
+def pruner(name: str, wanted: int, evaluations: int = EVALUATIONS[0]) -> BasePruner:
+    """Optuna's pruner of that name, its resource counted in evaluations, which lie at even distances in seconds.
+
+    Raises:
+        Mistake: no such pruner.
+    """
+    if name not in PRUNERS:
+        raise Mistake(f"--pruner {name}: one of {', '.join(PRUNERS)}")
+    if name == "auto":
+        name = "hyperband" if wanted >= HYPERBAND_FROM else "halving"
+    rung = evaluations // 6
+    if name == "hyperband":
+        return HyperbandPruner(min_resource=rung, max_resource=evaluations, reduction_factor=REDUCTION)
+    if name == "halving":
+        return SuccessiveHalvingPruner(min_resource=rung, reduction_factor=REDUCTION)
+    return MedianPruner(n_warmup_steps=rung, interval_steps=rung) if name == "median" else NopPruner()

@@ -1,0 +1,646 @@
+"""`kfac-tune run`, without the printing: what suits K-FAC on a task, and whether it is better than what there was.
+
+1. K-FAC's settings are searched, then those of each baseline, with the same number of trials, seconds and rules. All
+   have one seed. 2. The best few of each run again on other seeds; the best median wins. 3. The winners and K-FAC's
+   defaults run on held-out seeds, interleaved; K-FAC's winner runs with the very arguments that the file will hold.
+   Settings that are not better than the defaults there are dropped, and the defaults kept.
+
+Everything is in the storage, under the study's name, so the same call goes on where one was broken off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import optuna
+import torch
+
+from kfac_triton import tuned
+from kfac_triton.schedules import Schedule
+from kfac_triton.tuning import environment, preflight
+from kfac_triton.tuning import setting as settings_of
+from kfac_triton.tuning.baselines import ENTRANTS, Entrant
+from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.objective import Objective
+from kfac_triton.tuning.problems import find_task
+from kfac_triton.tuning.search import EVALUATIONS, OutOfTime, Runs, Search, Watch, measure, pruner
+from kfac_triton.tuning.space import SPACES, Space
+from kfac_triton.tuning.storage import open_storage
+from kfac_triton.tuning.store import write_json
+from kfac_triton.tuning.task import Task
+from kfac_triton.tuning.trainer import evaluate
+from kfac_triton.tuning.trials import HOST, REACHED, Result, Trials
+
+VERSION = 1  # of what a study means; another one is another study
+LEADERS, REPEATS = 3, 2  # settings that run again, and on how many more seeds
+HELD_OUT = 10_000  # the first seed that no search has seen
+BETTER = 0.97  # times the defaults' median: what counts as better
+COMPILED_FROM = 30.0  # seconds of a run: shorter ones would mostly compile
+TILE_SECONDS = 900.0  # of a timeout that must be left for kernel tiles to be measured
+EVALUATING = 0.1  # of a run's seconds, at most, in evaluations
+SLOWER = 1.15  # a run's seconds, evaluations and the rest included
+KEPT_FOR_THE_END = 0.5  # of a timeout, at most, for leaders and held-out seeds
+SEARCHED = Entrant("kfac", settings_of.build, schedule=settings_of.by_seconds)
+TRIALS, SECONDS, SEEDS = 30, 60.0, 5
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study is of. Every worker on a storage reads it there; `identity` is what must not change."""
+
+    task: str
+    signature: str
+    seconds: float
+    target: float | None
+    seed: int
+    space: dict[str, str]
+    trials: int
+    baselines: tuple[str, ...]
+    pruner: str
+    evaluations: int
+    version: int = VERSION
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k not in ("trials", "baselines", "pruner", "evaluations")}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A setting that runs on the held-out seeds: its name there, what builds it, and from what."""
+
+    name: str
+    entrant: Entrant
+    hyper: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TunedResult:
+    """What was found: `arguments` for `KFAC(model, **arguments)`, the defaults if nothing was `better`; `content` is
+    that of the tuned file."""
+
+    arguments: dict[str, Any]
+    better: bool
+    content: dict[str, Any]
+    finished: bool = True
+
+    def save(self, path: str | Path) -> None:
+        """Writes the tuned file, whole or not at all."""
+        write(Path(path), self.content)
+
+
+def tune(
+    task: Task | str,
+    *,
+    trials: int = TRIALS,
+    seconds: float | None = None,
+    timeout: float | None = None,
+    target: float | str | None = None,
+    storage: str | None = None,
+    study: str | None = None,
+    jobs: int = 1,
+    seed: int = 0,
+    seeds: int = SEEDS,
+    space: Path | None = None,
+    fix: Sequence[str] = (),
+    baselines: Sequence[str] = ("sgd", "adamw"),
+    prune: str = "auto",
+    device: str = "auto",
+    data: Path | None = None,
+    compile: bool | None = None,
+    note: Note = lambda text: None,
+    watch: Watch = lambda what, value: None,
+) -> TunedResult:
+    """Tunes K-FAC for a task.
+
+    Args:
+        task: a `Task`, a built-in name, or path/to/file.py:factory; `jobs` above 1 need one of the last two.
+        trials: settings tried, for K-FAC and for each of the baselines.
+        seconds: of training for each; from `timeout` if there is one, else 60.
+        timeout: seconds for everything.
+        target: the metric's value to reach, in place of the task's; "defaults" is what the default settings end with.
+        storage, study: where it is kept, and its name there; by default in memory, and the task's.
+        space, fix: a file that changes the space, and texts "name=value".
+        seed, seeds: of the search, and how many held-out ones.
+
+    Raises:
+        Mistake: the task or an option; KeyboardInterrupt: the same call goes on.
+    """
+    work = Tuning(
+        task, trials=trials, seconds=seconds, timeout=timeout, target=target, storage=storage, study=study, jobs=jobs,
+        seed=seed, seeds=seeds, space=space, fix=fix, baselines=baselines, prune=prune, device=device, data=data,
+        compile=compile, note=note, watch=watch,
+    )  # fmt: skip
+    return work.go()
+
+
+class Tuning:
+    """One process's part in the tuning of a task: the arguments are those of `tune`; `joined`: only the search."""
+
+    def __init__(
+        self, task: Task | str, *, joined: bool = False, worker: int = 0, begun: float | None = None, **asked: Any
+    ) -> None:
+        self.begun = time.monotonic() if begun is None else begun
+        self.asked, self.joined, self.worker = asked, joined, worker
+        self.note: Note = asked["note"]
+        _check(asked, task)
+        self.deadline = math.inf if asked["timeout"] is None else self.begun + asked["timeout"]
+        self.device = environment.find_device(asked["device"])
+        self.spec = task if isinstance(task, str) else task.name or "task"
+        self.task = (
+            find_task(task, asked["data"], self.device) if isinstance(task, str) else replace(task, name=self.spec)
+        )
+        model, self.untrained = preflight.check(self.task, self.device)
+        self.signature, self.parameters = tuned.signature(model), sum(p.numel() for p in model.parameters())
+        self.storage = (
+            optuna.storages.InMemoryStorage()
+            if asked["storage"] is None
+            else open_storage(asked["storage"], asked["jobs"])
+        )
+        self.name = asked["study"] or _short_spec(self.spec)
+        self.space = settings_of.read_space(asked["space"], asked["fix"])
+        self.plan = self._plan()
+        self.seeds = asked["seeds"]
+        self.tiles: str | None = None
+        compile = asked["compile"]
+        self.compile = self.plan.seconds >= COMPILED_FROM if compile is None else compile
+        self.studies = {name: self._study(name) for name in ("kfac", *self.plan.baselines)}
+        self.ready = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------------------- the plan
+
+    def _plan(self) -> Plan:
+        """The stored plan of the study, or a new one.
+
+        Raises:
+            Mistake: the study is of something else.
+        """
+        asked, where = self.asked, self.asked["storage"] or "memory"
+        there = self._there(self.name)
+        if self.joined and not there:
+            raise Mistake(f"--join: there is no study {self.name!r} in {where}; begin it without --join")
+        main = self._open(self._study_name("kfac"), pruner(asked["prune"], asked["trials"]))
+        stored = main.user_attrs.get("plan")
+        if there and (stored is None or stored.get("version") != VERSION):
+            raise Mistake(f"study {self.name!r} in {where} is none of this version of kfac-tune; name another --study")
+        held = None if stored is None else Plan(**{**stored, "baselines": tuple(stored["baselines"])})
+        if self.joined and held is not None:
+            if held.signature != self.signature:
+                raise Mistake(f"--join: study {self.name!r} is of another model; join it with its own task")
+            return held
+        plan = self._asked_plan(main, held)
+        changed = [] if held is None else [k for k in plan.identity if plan.identity[k] != held.identity[k]]
+        if held is not None and changed:
+            pairs = [(name, _short(held.identity[name]), _short(plan.identity[name])) for name in changed]
+            listed = "; ".join(f"{name} {old} there, {new} here" for name, old, new in pairs)
+            raise Mistake(f"study {self.name!r} in {where} is another ({listed}); name another --study or --storage")
+        if plan != held:
+            main.set_user_attr("plan", asdict(plan))
+        return plan
+
+    def _asked_plan(self, main: optuna.Study, held: Plan | None) -> Plan:
+        """What the call asks for; what it leaves open is as `held` has it."""
+        asked = self.asked
+        seconds = asked["seconds"] or (held.seconds if held else _seconds(asked))
+        evaluations = held.evaluations if held else self._evaluations(seconds)
+        target = asked["target"] if asked["target"] is not None else self.task.target
+        if target == "defaults":
+            target = held.target if held else self._end_of_defaults(main, seconds, evaluations)
+        return Plan(
+            _short_spec(self.spec), self.signature, seconds, target, asked["seed"], self.space.describe(),
+            asked["trials"], tuple(asked["baselines"]), asked["prune"], evaluations,
+        )  # fmt: skip
+
+    def _study_name(self, optimizer: str) -> str:
+        return self.name if optimizer == "kfac" else f"{self.name}/{optimizer}"
+
+    def _open(self, name: str, how: optuna.pruners.BasePruner) -> optuna.Study:
+        if self._there(name):  # create_study would write, even so
+            return optuna.load_study(storage=self.storage, study_name=name, pruner=how)
+        return optuna.create_study(storage=self.storage, study_name=name, pruner=how, load_if_exists=True)
+
+    def _there(self, name: str) -> bool:
+        return name in [study.study_name for study in self.storage.get_all_studies()]
+
+    def _study(self, optimizer: str) -> optuna.Study:
+        return self._open(
+            self._study_name(optimizer), pruner(self.plan.pruner, self.plan.trials, self.plan.evaluations)
+        )
+
+    def _evaluations(self, seconds: float) -> int:
+        """Of a run: as many as take at most a tenth of its seconds, within limits."""
+        begun = time.perf_counter()
+        evaluate(self.task, self.task.model().to(self.device), self.device)
+        most = EVALUATING * seconds / (time.perf_counter() - begun)
+        return next((number for number in EVALUATIONS if number <= most), EVALUATIONS[-1])
+
+    def _end_of_defaults(self, main: optuna.Study, seconds: float, evaluations: int) -> float:
+        """What the default settings end with, the median of three seeds."""
+        runs = Runs(self.task, Objective(seconds), self.asked["seed"], self.device, evaluations, deadline=self.deadline)
+        contender = Contender("defaults", ENTRANTS["kfac"], {})
+        first = self.asked["seed"]
+        ends = [self._kept(main, "target", contender, seed, runs).value for seed in range(first, first + 3)]
+        return float(f"{median(ends):.4g}")
+
+    # ----------------------------------------------------------------------------------------------------- the stages
+
+    def go(self, tiles: bool = True) -> TunedResult:
+        """All stages, as far as the time goes; `tiles`: on a GPU, those of the kernels first."""
+        if tiles and self.device.type == "cuda":
+            self._measure_tiles()
+        self._enqueue()
+        helpers = self._helpers()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // self.asked["jobs"]))
+        try:
+            self._search()
+        finally:
+            torch.set_num_threads(threads)
+            for helper in helpers:
+                helper.terminate()
+            for helper in helpers:
+                helper.wait()
+        winners = {name: self._winner(name) for name in self.studies}
+        runs = self._measured(winners)
+        return self._result(winners, runs)
+
+    def _measure_tiles(self) -> None:
+        from kfac_triton.kernels._launch import triton
+        from kfac_triton.tuning.tiles import measured_for
+
+        if triton is None or self.deadline - time.monotonic() < TILE_SECONDS:
+            self.note("kernel tiles: not measured, for want of triton or of time; kfac-tune kernels does it apart")
+            return
+        self.note("measuring kernel tiles")
+        self.tiles = measured_for(self.task, self.device).name
+
+    @property
+    def searched(self) -> bool:
+        """Whether any trial of K-FAC's has ended."""
+        return bool(Trials(self.studies["kfac"], 0).results())
+
+    def standing(self) -> str:
+        """The best so far, in a line."""
+        found = []
+        for name, study in self.studies.items():
+            results = Trials(study, 0).results()
+            best = _best(results)
+            text = f"best {best[0].value:.4g} in trial {best[0].number}" if best else "none good yet"
+            found.append(f"{name}: {len(results)} of {self.plan.trials} trials, {text}")
+        return "interrupted; " + "; ".join(found)
+
+    def join(self) -> None:
+        """The search alone, until no trial is left to begin."""
+        self._search(stay=False)
+
+    def _helpers(self) -> list[subprocess.Popen[bytes]]:
+        left = None if math.isinf(self.deadline) else self.deadline - time.monotonic()
+        asked = self.asked
+        orders = {
+            "task": self.spec, "storage": asked["storage"], "study": self.name, "seed": asked["seed"],
+            "space": None if asked["space"] is None else str(asked["space"]), "fix": list(asked["fix"]),
+            "device": str(self.device), "data": None if asked["data"] is None else str(asked["data"]),
+            "compile": self.compile, "timeout": left, "jobs": asked["jobs"],
+        }  # fmt: skip
+        command = [sys.executable, "-m", "kfac_triton.tuning.worker"]
+        return [
+            subprocess.Popen([*command, json.dumps({**orders, "worker": index})]) for index in range(1, asked["jobs"])
+        ]
+
+    def _search(self, *, stay: bool = True) -> None:
+        for place, (name, study) in enumerate(self.studies.items()):
+            self.note(f"searching {name}: {self.plan.trials} trials of at most {self.plan.seconds:g} s")
+            self._searcher(name, study, self._search_deadline(len(self.studies) - place)).go(stay=stay)
+
+    def _enqueue(self) -> None:
+        """Puts what is known into the queues of studies that have not begun."""
+        for name, study in self.studies.items():
+            if study.get_trials(deepcopy=False):
+                continue
+            search = self._searcher(name, study, math.inf)
+            known = (
+                settings_of.starts(search.space, self._earlier()) if name == "kfac" else {"first": search.space.first}
+            )
+            for start, setting in known.items():
+                search.trials.enqueue(search.space.drawn(setting), start)
+
+    def _searcher(self, name: str, study: optuna.Study, deadline: float) -> Search:
+        kfac = name == "kfac"
+        runs = self._runs(deadline)
+        space = self.space if kfac else with_horizon(SPACES[name])
+        entrant = SEARCHED if kfac else ENTRANTS[name]
+        trials = Trials(study, self.plan.trials)
+        core = settings_of.CORE if kfac else ()
+        return Search(runs, entrant, space, trials, self.plan.pruner, core, self.asked["watch"], self.worker)
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.plan.seconds, self.plan.target, self.untrained)
+
+    def _runs(self, deadline: float) -> Runs:
+        plan = self.plan
+        return Runs(self.task, self.objective, plan.seed, self.device, plan.evaluations, self.compile, deadline)
+
+    def _search_deadline(self, searches: int) -> float:
+        """When this search has had its share: those still to come get as much each, the end what it needs."""
+        if math.isinf(self.deadline):
+            return math.inf
+        needed = self.plan.seconds * SLOWER * self._runs_at_the_end()
+        last = self.deadline - min(needed, (self.deadline - self.ready) * KEPT_FOR_THE_END)
+        now = time.monotonic()
+        return now + max(last - now, 0.0) / searches
+
+    def _runs_at_the_end(self) -> int:
+        return len(self.studies) * LEADERS * REPEATS + (len(self.studies) + 1) * int(self.seeds)
+
+    def _earlier(self) -> dict[str, dict[str, Any]]:
+        """The best settings of other studies of the same task in this storage."""
+        found = {}
+        for summary in optuna.get_all_study_summaries(storage=self.storage, include_best_trial=False):
+            plan = summary.user_attrs.get("plan", {})
+            same = plan.get("task") == self.plan.task and plan.get("signature") == self.signature
+            if same and summary.study_name != self.name:
+                trials = Trials(optuna.load_study(study_name=summary.study_name, storage=self.storage), 0)
+                best = _best(trials.results())
+                if best:
+                    found[f"study {summary.study_name}"] = best[0].setting
+        return found
+
+    def _winner(self, name: str) -> tuple[Result, float] | None:
+        """The best of the leaders over several seeds, and the steps that it takes a second; None: nothing was good."""
+        study = self.studies[name]
+        search = self._searcher(name, study, self._last_call())
+        leaders = _best(search.trials.results())[:LEADERS]
+        ranked: list[tuple[float, int, Result, float]] = []
+        for place, leader in enumerate(leaders):
+            contender = Contender(name, search.entrant, leader.setting)
+            others = [
+                result
+                for seed in range(self.plan.seed + 1, self.plan.seed + 1 + REPEATS)
+                if (result := self._kept(study, "leader", contender, seed, search.runs, late=True)) is not None
+            ]
+            every = [leader, *others]
+            rate = median(result.steps / max(result.seconds, 1e-9) for result in every)
+            ranked.append((median(result.value for result in every), place, leader, rate))
+            self.note(f"{name}, leader {place + 1}: {_listed(every)}")
+        if not ranked:
+            return None
+        _, _, winner, rate = min(ranked, key=lambda one: one[:2])
+        return winner, rate
+
+    def _last_call(self) -> float:
+        """When leaders must leave the rest of the time to the held-out seeds."""
+        if math.isinf(self.deadline):
+            return math.inf
+        last = self.plan.seconds * SLOWER * (len(self.studies) + 1) * self.seeds
+        return float(max(time.monotonic(), self.deadline - last))
+
+    def _measured(self, winners: Mapping[str, tuple[Result, float] | None]) -> dict[str, list[Result]]:
+        """Held-out runs of each contender, by name, seed by seed."""
+        main = self.studies["kfac"]
+        runs = self._runs(self.deadline)
+        contenders = list(self._contenders(winners))
+        found: dict[str, list[Result]] = {contender.name: [] for contender in contenders}
+        for seed in range(HELD_OUT, HELD_OUT + self.seeds):
+            self.note(f"measuring on held-out seed {seed - HELD_OUT + 1} of {self.seeds}")
+            row = [self._kept(main, "held-out", contender, seed, runs, late=True) for contender in contenders]
+            if None in row:
+                break  # out of time: a seed that not all have run says nothing
+            for contender, result in zip(contenders, row, strict=True):
+                if result is not None:
+                    found[contender.name].append(result)
+        return found
+
+    def _contenders(self, winners: Mapping[str, tuple[Result, float] | None]) -> Iterator[Contender]:
+        yield Contender("defaults", ENTRANTS["kfac"], {})
+        for name, winner in winners.items():
+            if winner is not None and name == "kfac":
+                yield Contender("tuned", ENTRANTS["kfac"], self._arguments(winner))
+            elif winner is not None:
+                yield Contender(name, ENTRANTS[name], winner[0].setting)
+
+    def _arguments(self, winner: tuple[Result, float]) -> dict[str, Any]:
+        return settings_of.arguments(winner[0].setting, self._steps(winner))
+
+    def _steps(self, winner: tuple[Result, float]) -> int:
+        """Of a run's seconds."""
+        return max(1, round(winner[1] * self.plan.seconds))
+
+    def _kept(
+        self, study: optuna.Study, stage: str, contender: Contender, seed: int, runs: Runs, *, late: bool = False
+    ) -> Any:
+        """A run that the study may already have; None if there is no time for it, where that may be (`late`)."""
+        text = json.dumps(plain_arguments(contender.hyper), sort_keys=True)
+        key = f"{stage} {contender.name} {hashlib.sha256(text.encode()).hexdigest()[:12]} {seed} {HOST}"
+        if key in study.user_attrs:
+            held = study.user_attrs[key]
+            return Result(setting=contender.hyper, **{**held, "points": [tuple(p) for p in held["points"]]})
+        if late and time.monotonic() > runs.deadline:
+            return None
+        try:
+            result = measure(runs, contender.entrant, contender.hyper, seed)
+        except OutOfTime:
+            if late:
+                return None
+            raise Mistake(f"--timeout {self.asked['timeout']:g} ended before the first run of the defaults") from None
+        study.set_user_attr(key, {k: v for k, v in asdict(result).items() if k != "setting"})
+        return result
+
+    # ----------------------------------------------------------------------------------------------------- the result
+
+    def _result(
+        self, winners: Mapping[str, tuple[Result, float] | None], runs: Mapping[str, list[Result]]
+    ) -> TunedResult:
+        objective = self.objective
+        winner = winners["kfac"]
+        better, why = verdict(runs, objective)
+        found = self._arguments(winner) if winner is not None else {}
+        own: dict[str, Any] = {"likelihood": self.task.likelihood} if isinstance(self.task.likelihood, str) else {}
+        if self.task.loss_scale != 1.0:
+            own["loss_scale"] = self.task.loss_scale
+        arguments = {**own, **found} if better else own
+        finished = all(Trials(study, self.plan.trials).complete for study in self.studies.values())
+        finished = finished and all(len(results) == self.seeds for results in runs.values())
+        content = {
+            "format": tuned.TUNED_FORMAT,
+            "task": self.spec,
+            "better": better,
+            "verdict": why,
+            "arguments": plain_arguments(arguments),
+            "steps": self._steps(winner) if winner is not None else max([r.steps for r in runs["defaults"]], default=1),
+            "model": {"signature": self.signature, "parameters": self.parameters},
+            "device": _device_name(self.device),
+            "tiles": self.tiles,
+            "objective": {"seconds": objective.seconds, "target": objective.target, "metric": self.task.metric},
+            "evidence": self._evidence(winners, runs, objective),
+            "environment": environment.describe(self.device),
+        }
+        return TunedResult(arguments, better, content, finished)
+
+    def _evidence(
+        self, winners: Mapping[str, tuple[Result, float] | None], runs: Mapping[str, list[Result]], objective: Objective
+    ) -> dict[str, Any]:
+        searches = {}
+        for name, study in self.studies.items():
+            results = Trials(study, self.plan.trials).results()
+            ended = [result.ended for result in results]
+            winner = winners[name]
+            searches[name] = {
+                "trials": len(results),
+                "ended": {kind: ended.count(kind) for kind in dict.fromkeys(ended)},
+                "seconds": round(sum(result.seconds for result in results), 2),
+                "setting": winner[0].setting if winner else None,
+            }
+        every = [result for study in self.studies.values() for result in Trials(study, 0).results()]
+        every += [result for results in runs.values() for result in results]
+        wall = time.monotonic() - self.begun
+        return {
+            "searches": searches,
+            "held_out": {name: summary(results, objective) for name, results in runs.items()},
+            "seconds": {
+                "command": round(wall, 2),
+                "training": round(sum(result.seconds for result in every), 2),
+                "evaluating": round(sum(result.evaluating for result in every), 2),
+            },
+        }
+
+
+def with_horizon(space: Space) -> Space:
+    """A baseline's space with the end of its schedule free, as K-FAC's is."""
+    horizon = settings_of.KFAC_SPACE.parameters["horizon"]
+    return replace(space, parameters={**space.parameters, "horizon": horizon}, first={**space.first, "horizon": 1.0})
+
+
+def verdict(runs: Mapping[str, Sequence[Result]], objective: Objective) -> tuple[bool, str]:
+    """Whether the tuned setting beats the defaults on the held-out seeds, and that in words, with the baselines."""
+    tuned_runs, default_runs = runs.get("tuned", []), runs["defaults"]
+    if not tuned_runs:
+        return False, "nothing was measured on held-out seeds; the defaults are kept"
+    ours, theirs = (median(result.value for result in results) for results in (tuned_runs, default_runs))
+    wins = sum(a.value < b.value for a, b in zip(tuned_runs, default_runs, strict=True))
+    margin = BETTER * theirs if theirs > 0 else theirs
+    better = ours < margin and wins > len(tuned_runs) / 2
+    told = f"tuned {_told(tuned_runs, objective)}, defaults {_told(default_runs, objective)}"
+    rivals = [
+        f"{name} {_told(results, objective)}" for name, results in runs.items() if name not in ("tuned", "defaults")
+    ]
+    ahead = [
+        name
+        for name, results in runs.items()
+        if name not in ("tuned", "defaults") and median(r.value for r in results) < min(ours, theirs)
+    ]
+    text = (
+        f"better than the defaults on {wins} of {len(tuned_runs)} held-out seeds"
+        if better
+        else (f"not better than the defaults (on {wins} of {len(tuned_runs)} held-out seeds), which are kept")
+    )
+    return better, f"{text}: {', '.join([told, *rivals])}" + (f"; {' and '.join(ahead)} did better" if ahead else "")
+
+
+def summary(results: Sequence[Result], objective: Objective) -> dict[str, Any]:
+    """Seeds in their order: seconds to the target (None: missed) and what each ended with; medians and ranges."""
+    times = [result.value if result.ended == REACHED else None for result in results]
+    finals = [result.points[-1][1] if result.points else None for result in results]
+    judged = finals if objective.target is None else times
+    values = [value for value in judged if value is not None]
+    middle = median(math.inf if value is None else value for value in judged) if judged else math.inf
+    return {
+        "seconds_to_target": None if objective.target is None else times,
+        "metric": finals,
+        "median": middle if math.isfinite(middle) else None,
+        "interval": [min(values), max(values)] if values else None,
+        "reached": None if objective.target is None else len(values),
+    }
+
+
+def _told(results: Sequence[Result], objective: Objective) -> str:
+    held = summary(results, objective)
+    if objective.target is None:
+        return "nothing" if held["median"] is None else f"{held['median']:.4g}"
+    if held["median"] is None:
+        return f"misses the target ({held['reached']} of {len(results)} reach it)"
+    return f"{held['median']:.3g} s"
+
+
+def _listed(results: Sequence[Result]) -> str:
+    return ", ".join(f"{result.value:.4g}" if result.good else result.ended for result in results)
+
+
+def _best(results: Sequence[Result]) -> list[Result]:
+    """Good results, the best first, each setting once."""
+    found: list[Result] = []
+    for result in sorted((result for result in results if result.good), key=lambda one: one.value):
+        if all(result.setting != other.setting for other in found):
+            found.append(result)
+    return found
+
+
+def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """With schedules as numbers."""
+    return {name: value.as_numbers() if isinstance(value, Schedule) else value for name, value in arguments.items()}
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Raises: Mistake: it can't be written; what was there is still whole."""
+    tuned.check(content, str(path))
+    try:
+        write_json(path, dict(content))
+    except OSError as error:
+        raise Mistake(f"--out {path} cannot be written: {error.strerror}; name another file") from error
+
+
+def _check(asked: Mapping[str, Any], task: Task | str) -> None:
+    if asked["trials"] < 1:
+        raise Mistake(f"--trials {asked['trials']}: at least 1")
+    if asked["seconds"] is not None and not asked["seconds"] > 0:
+        raise Mistake(f"--seconds {asked['seconds']:g}: a number above 0")
+    if asked["timeout"] is not None and not asked["timeout"] > 0:
+        raise Mistake(f"--timeout {asked['timeout']:g}: a number above 0")
+    if asked["jobs"] < 1 or asked["seeds"] < 1:
+        raise Mistake(f"--jobs {asked['jobs']}, --seeds {asked['seeds']}: at least 1 each")
+    if asked["jobs"] > 1 and asked["storage"] is None:
+        raise Mistake(f"--jobs {asked['jobs']} needs a --storage that the processes share, as a journal file")
+    if asked["jobs"] > 1 and not isinstance(task, str):
+        raise Mistake(f"--jobs {asked['jobs']} needs a task that each process can load: path/to/file.py:factory")
+    if isinstance(asked["target"], str) and asked["target"] != "defaults":
+        raise Mistake(f"--target {asked['target']}: a number, or defaults")
+    unknown = [name for name in asked["baselines"] if name not in SPACES or name == "kfac"]
+    if unknown:
+        allowed = ", ".join(name for name in SPACES if name != "kfac")
+        raise Mistake(f"--baselines {','.join(unknown)}: among {allowed}, or none")
+    pruner(asked["prune"], asked["trials"])
+
+
+def _seconds(asked: Mapping[str, Any]) -> float:
+    """Of a run: such that everything fits into the timeout, half of the searches' seconds pruned."""
+    if asked["timeout"] is None:
+        return SECONDS
+    searches = 1 + len(asked["baselines"])
+    runs = searches * (0.6 * asked["trials"] + LEADERS * REPEATS) + (searches + 1) * asked["seeds"]
+    return max(0.1, float(f"{min(asked['timeout'] / (SLOWER * runs), SECONDS):.3g}"))
+
+
+def _short_spec(spec: str) -> str:
+    """A task's name without the folder, which may be another on another machine."""
+    source, colon, factory = spec.rpartition(":")
+    return f"{Path(source).name}:{factory}" if colon and source.endswith(".py") else spec
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
