@@ -21,7 +21,7 @@ class Progress:
 
     def __init__(self, plan: Plan, quiet: bool = False) -> None:
         self.plan, self.quiet, self.started = plan, quiet, time.monotonic()
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -65,4 +65,4 @@ class Progress:
         self._say(f"{task}: targets: {listed or 'none'}")
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[{time.monotonic() - self.started:7.1f} s] {text}", markup=False)
+        self.console.print(f"[{time.monotonic() - self.started:7.1f} s] {text}")

@@ -138,7 +138,7 @@ def print_costs(task: str, options: StepOptions, costs: list[StepCost]) -> None:
             f"{cost.ratio:.2f}",
             f"{cost.first_seconds:.1f}",
         )
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def resized(batches: list[Any], size: int | None) -> list[Any]:

@@ -135,6 +135,7 @@ def test_the_built_in_tasks_are_listed(capfd: pytest.CaptureFixture[str]) -> Non
         "curves",
         "mnist",
         "faces",
+        "fashion-cnn",
     ]
     assert "784-400-200-100-50-25-6" in listed and "784-1000-500-250-30" in listed
 

@@ -53,8 +53,7 @@ def test_the_defaults_as_a_setting_are_kfacs_own():
 @pytest.mark.parametrize("name", STARTS)
 def test_a_start_is_in_the_space_and_its_setting_comes_back_from_what_is_drawn(name):
     setting = starts(KFAC_SPACE)[name]
-    if name != "paper":  # which lacks what counts only with a fixed lr
-        assert setting == STARTS[name]
+    assert setting == STARTS[name]
     study = optuna.create_study()
     study.enqueue_trial(KFAC_SPACE.drawn(setting))
     with _no_warning():

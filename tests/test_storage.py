@@ -161,7 +161,7 @@ def test_a_disk_that_is_full_leaves_the_journal_readable(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(storage_of.JournalFileBackend, "append_logs", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(Mistake, match=r"s\.journal cannot be written: No space left on device; make room"):
             study.set_user_attr("lost", 1)
     study.set_user_attr("next", 2)
     assert optuna.load_study(study_name="s", storage=open_storage(str(path))).user_attrs == {"whole": 1, "next": 2}

@@ -166,8 +166,8 @@ def _console() -> Console:
     """As wide as the terminal; in a file or a pipe wide enough for every column."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    width = None if sys.stdout.isatty() else 160
+    return Console(width=width, markup=False, emoji=False, highlight=False)  # a task's name is no markup
 
 
 def _how(source: str) -> str:
@@ -244,6 +244,7 @@ def run(
     }  # fmt: skip
     view = View(timeout, quiet or as_json)
     work = Tuning(task, joined=join, note=view.note, watch=view.watch, begun=STARTED, **asked)
+    view.trials = work.plan.trials
     try:
         with view:
             if join:
@@ -381,7 +382,10 @@ def _print_tuned(content: dict[str, Any]) -> None:
     for name, search in evidence["searches"].items():
         ended = ", ".join(f"{number} {kind}" for kind, number in search["ended"].items())
         console.print(f"{name}: {search['trials']} trials ({ended}), {search['seconds']:.0f} s of training")
-    console.print(content["verdict"], soft_wrap=True)
+    listed = ", ".join(f"{value:.0f} {name}" for name, value in evidence["seconds"].items() if name != "command")
+    console.print(f"{evidence['seconds'].get('command', 0.0):.0f} s in all: {listed}")
+    for line in (content["verdict"], *content["advice"]):
+        console.print(line, soft_wrap=True)
 
 
 def _show_storage(url: str, name: str | None, html: Path | None) -> None:

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kfac_triton.tuning import curves as curves_recipe
-from kfac_triton.tuning import faces as faces_recipe
+import kfac_triton.tuning.curves as curves_recipe
+import kfac_triton.tuning.faces as faces_recipe
 from kfac_triton.tuning.errors import Mistake
 
 # torchvision's names and md5 sums

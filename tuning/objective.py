@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from kfac_triton.tuning.trainer import Point
 
+ALIKE = 0.03
 DIVERGED = 3.0  # times the seconds: beyond the 2 of a run that never left its start
 
 
@@ -54,6 +55,16 @@ class Objective:
             return DIVERGED * self.seconds
         untrained = points[0].train if points and math.isfinite(points[0].train) else self.untrained
         return untrained + max(abs(untrained), 1.0)
+
+    def behind(self, value: float, best: float, start: float) -> bool:
+        """Whether a metric is clearly worse than the best that runs from `start` had by then: by more than `ALIKE` of
+        the way that the best has come, on a log scale where all are positive. On a plateau nobody is behind.
+        """
+        if not (value > best and start > best):
+            return value > best
+        if best > 0:
+            value, best, start = (math.log(one) for one in (value, best, start))
+        return value - best > ALIKE * (start - best)
 
     def hopeless(self, point: Point, best: float, slack: float) -> bool:
         """Whether a run that has not reached the target at `point` is already `slack` times later than the best."""

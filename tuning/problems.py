@@ -150,8 +150,8 @@ AUTOENCODERS = {
 
 BUILT_IN: dict[str, Callable[[Path | None, torch.device], Task]] = {
     "digits": digits,
-    "fashion-cnn": fashion_cnn,
     **{name: one.task for name, one in AUTOENCODERS.items()},
+    "fashion-cnn": fashion_cnn,
 }
 
 

@@ -1,7 +1,8 @@
 """The search of `kfac-tune` for one optimizer, as any number of workers take part in it.
 
 Optuna's TPE proposes. Its successive halving prunes (Hyperband from `HYPERBAND_FROM` trials on), on seconds: rungs are
-at a sixth and a half of a run's, and a third of the runs pass each, once `FEW` have. With a target, a run ends as soon
+at a sixth and a half of a run's, and a third of the runs pass each, once `FEW` have, and those that are not clearly
+behind (`Objective.behind`): where all are on a plateau, all go on. With a target, a run ends as soon
 as it is reached, and no later than `SLACK` times the best time yet: a run that has not reached it by then can't be the
 best. In the first `CORE_SHARE` of the trials everything but `core` keeps its first value.
 """
@@ -13,7 +14,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
 from optuna.trial import Trial
 
-from kfac_triton.tuning import trials as outcomes
+import kfac_triton.tuning.trials as outcomes
 from kfac_triton.tuning.baselines import Entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.objective import Objective
@@ -42,7 +43,7 @@ RANDOM_SHARE = 0.2  # of the trials are random, beside the known starts, before 
 ALIKE = 3  # runs in a row that fail with the same error: it is not the settings' fault
 WAIT = 0.5  # seconds between two looks at what others still work on
 
-Watch = Callable[[str, Any], None]  # ("trial" | "point" | "told", what)
+Watch = Callable[[str, Any], None]  # ("counts" | "trial" | "point" | "told", what)
 
 
 class OutOfTime(Exception):
@@ -52,7 +53,7 @@ class OutOfTime(Exception):
 @dataclass(frozen=True)
 class Runs:
     """How runs are made: on which task, from which seed, towards what, on which device; `deadline` on the monotonic
-    clock ends one in the middle."""
+    clock ends one in the middle; `ledger` collects what each came to."""
 
     task: Task
     objective: Objective
@@ -61,6 +62,7 @@ class Runs:
     evaluations: int = EVALUATIONS[0]
     compile: bool = False
     deadline: float = math.inf
+    ledger: list[Result] = field(default_factory=list)
 
 
 def measure(
@@ -99,8 +101,11 @@ def measure(
     except (OutOfTime, Mistake):
         raise
     except Exception as error:
-        return _failed(runs, own, error, seen, time.perf_counter() - begun)
-    return _result(runs.objective, own, run, why, time.perf_counter() - begun)
+        result = _failed(runs, own, error, seen, time.perf_counter() - begun)
+    else:
+        result = _result(runs.objective, own, run, why, time.perf_counter() - begun)
+    runs.ledger.append(result)
+    return result
 
 
 def _result(objective: Objective, setting: dict[str, Any], run: Run, why: str, wall: float) -> Result:
@@ -167,6 +172,7 @@ class Search:
     def _run(self, trial: Trial, warm: bool) -> bool:
         try:
             setting = self.space.suggest(trial)
+            self.watch("counts", self.trials.counts())
             self.watch("trial", (trial.number, setting))
             if outcomes.attempts(trial) > outcomes.ATTEMPTS:
                 reason = f"its worker died {outcomes.ATTEMPTS} times"
@@ -205,14 +211,14 @@ class Search:
             trial.report(objective.score(seen), place)
             if capped and objective.hopeless(point, best, SLACK):
                 return f"no target after {point.seconds:.1f} s, the best took {best:.1f} s"
-            if place % rung == 0 and place < evaluations and trial.should_prune() and self._passed(place) >= FEW:
-                return f"behind after {point.seconds:.1f} s"
+            if place % rung == 0 and place < evaluations and trial.should_prune():
+                rivals = [r.points[place][1] for r in self.trials.results() if len(r.points) > place]
+                rivals = [value for value in rivals if math.isfinite(value)]
+                if len(rivals) >= FEW and objective.behind(point.train, min(rivals), seen[0].train):
+                    return f"behind after {point.seconds:.1f} s"
             return ""
 
         return stop
-
-    def _passed(self, place: int) -> int:
-        return sum(len(result.points) > place for result in self.trials.results())
 
     def _sampler(self, number: int) -> BaseSampler:
         """TPE made anew for every trial from (seed, trial, worker): going on after an interruption changes nothing."""

@@ -71,17 +71,16 @@ DEFAULTS = {
 }  # fmt: skip
 LIVELY = {**DEFAULTS, "lr": 0.1, "lr_schedule": "linear", "warmup": 0.05, "damping_schedule": "exponential",
           "damping_end": 0.3, "kl_clip": 2e-3, "inverse_interval": 20}  # fmt: skip
+_ADAPTIVE = {
+    **{name: value for name, value in DEFAULTS.items() if KFAC_SPACE.conditions.get(name, ("",))[0] != "lr_rule"},
+    "lr_rule": ADAPTIVE, "inverse_interval": 20,
+}  # fmt: skip
 STARTS: dict[str, dict[str, Any]] = {
     "defaults": DEFAULTS,
     "lively": LIVELY,
-    "paper": {
-        **{name: value for name, value in DEFAULTS.items() if name not in ("lr", "lr_schedule", "warmup", "momentum")},
-        "lr_rule": ADAPTIVE, "damping": 1.0, "damping_schedule": ADAPTIVE, "weight_decay": 1e-5,
-        "inverse_interval": 20,
-    },
-    "bold": {**LIVELY, "lr": 0.3, "damping": 1e-2, "damping_end": 0.1, "kl_clip": 3e-2},
+    "paper": {**_ADAPTIVE, "damping": 1.0, "damping_schedule": ADAPTIVE, "weight_decay": 1e-5},
+    "sure": {**_ADAPTIVE, "damping": 0.03, "damping_schedule": "constant", "factor_fraction": 0.25},
 }  # fmt: skip
-del STARTS["paper"]["kl_clip"]
 
 # What each parameter may ever be; a file that asks for more is refused.
 LIMITS: dict[str, tuple[str, ...]] = {

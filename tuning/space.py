@@ -162,7 +162,7 @@ class Space:
         """The ranges at whose edge `setting` sits, an edge at a floor or a ceiling left out: nothing lies beyond."""
         found: dict[str, Side] = {}
         for name, parameter in self.parameters.items():
-            side = parameter.edge(setting[name]) if isinstance(parameter, Range) else None
+            side = parameter.edge(setting[name]) if isinstance(parameter, Range) and name in setting else None
             if isinstance(parameter, Range) and side is not None and parameter.beyond(side) != getattr(parameter, side):
                 found[name] = side
         return found

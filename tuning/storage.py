@@ -54,12 +54,19 @@ class WholeLines(JournalFileBackend):
     """A journal whose last line is whole: what a killed process or a full disk left of a line is cut away first."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with uninterrupted():
-            if not self._whole():
-                with get_lock_file(self._lock):
-                    if not self._whole():  # nobody was in the middle of writing it
-                        self._cut()
-            super().append_logs(logs)
+        """Raises: Mistake: it cannot be written."""
+        try:
+            with uninterrupted():
+                if not self._whole():
+                    with get_lock_file(self._lock):
+                        if not self._whole():  # nobody was in the middle of writing it
+                            self._cut()
+                super().append_logs(logs)
+        except OSError as error:
+            name = self._file_path
+            raise Mistake(
+                f"--storage {name} cannot be written: {error.strerror}; make room, and the same command goes on"
+            ) from error
 
     def _whole(self) -> bool:
         with open(self._file_path, "rb") as file:

@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import kfac_triton.tuning.gpus as gpus
+import kfac_triton.tuning.machine_code as machine_code
+import kfac_triton.tuning.roofline as roofline
+import kfac_triton.tuning.shapes as shapes
 from kfac_triton import tuned
 from kfac_triton.kernels import tiles as kernel_tiles
 from kfac_triton.kernels.tiles import Choice, Tile
-from kfac_triton.tuning import gpus, machine_code, roofline, shapes
 from kfac_triton.tuning.gpus import GPU
 from kfac_triton.tuning.machine_code import Configuration, Facts
 from kfac_triton.tuning.roofline import Estimate, Footprint, Work

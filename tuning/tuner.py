@@ -25,10 +25,11 @@ from typing import Any
 import optuna
 import torch
 
+import kfac_triton.tuning.environment as environment
+import kfac_triton.tuning.preflight as preflight
+import kfac_triton.tuning.setting as settings_of
 from kfac_triton import tuned
 from kfac_triton.schedules import Schedule
-from kfac_triton.tuning import environment, preflight
-from kfac_triton.tuning import setting as settings_of
 from kfac_triton.tuning.baselines import ENTRANTS, Entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.objective import Objective
@@ -161,6 +162,8 @@ class Tuning:
         self.task = (
             find_task(task, asked["data"], self.device) if isinstance(task, str) else replace(task, name=self.spec)
         )
+        self.ledger: list[Result] = []
+        self.loaded = time.monotonic()
         model, self.untrained = preflight.check(self.task, self.device)
         self.signature, self.parameters = tuned.signature(model), sum(p.numel() for p in model.parameters())
         self.storage = (
@@ -247,7 +250,8 @@ class Tuning:
 
     def _end_of_defaults(self, main: optuna.Study, seconds: float, evaluations: int) -> float:
         """What the default settings end with, the median of three seeds."""
-        runs = Runs(self.task, Objective(seconds), self.asked["seed"], self.device, evaluations, deadline=self.deadline)
+        objective, seed = Objective(seconds), self.asked["seed"]
+        runs = Runs(self.task, objective, seed, self.device, evaluations, False, self.deadline, self.ledger)
         contender = Contender("defaults", ENTRANTS["kfac"], {})
         first = self.asked["seed"]
         ends = [self._kept(main, "target", contender, seed, runs).value for seed in range(first, first + 3)]
@@ -350,7 +354,9 @@ class Tuning:
 
     def _runs(self, deadline: float) -> Runs:
         plan = self.plan
-        return Runs(self.task, self.objective, plan.seed, self.device, plan.evaluations, self.compile, deadline)
+        return Runs(
+            self.task, self.objective, plan.seed, self.device, plan.evaluations, self.compile, deadline, self.ledger
+        )
 
     def _search_deadline(self, searches: int) -> float:
         """When this search has had its share: those still to come get as much each, the end what it needs."""
@@ -477,6 +483,7 @@ class Tuning:
             "task": self.spec,
             "better": better,
             "verdict": why,
+            "advice": self._advice(winner, runs),
             "arguments": plain_arguments(arguments),
             "steps": self._steps(winner) if winner is not None else max([r.steps for r in runs["defaults"]], default=1),
             "model": {"signature": self.signature, "parameters": self.parameters},
@@ -502,18 +509,41 @@ class Tuning:
                 "seconds": round(sum(result.seconds for result in results), 2),
                 "setting": winner[0].setting if winner else None,
             }
-        every = [result for study in self.studies.values() for result in Trials(study, 0).results()]
-        every += [result for results in runs.values() for result in results]
-        wall = time.monotonic() - self.begun
         return {
             "searches": searches,
             "held_out": {name: summary(results, objective) for name, results in runs.items()},
-            "seconds": {
-                "command": round(wall, 2),
-                "training": round(sum(result.seconds for result in every), 2),
-                "evaluating": round(sum(result.evaluating for result in every), 2),
-            },
+            "seconds": self._seconds_spent(),
         }
+
+    def _advice(self, winner: tuple[Result, float] | None, runs: Mapping[str, list[Result]]) -> list[str]:
+        """What to try next, each in a line."""
+        said = []
+        edges = self.space.edges(winner[0].setting) if winner else {}
+        for name, side in edges.items():
+            value, reach = winner[0].setting[name], "lower" if side == "low" else "higher"  # type: ignore[index]
+            said.append(f"{name} {value:.3g} is at the edge of its range: let --space reach {reach}")
+        results = Trials(self.studies["kfac"], 0).results()
+        bad = sum(result.ended in ("diverged", "failed") for result in results)
+        if bad > len(results) / 3:
+            said.append(f"{bad} of {len(results)} trials diverged or failed: narrow lr, damping and kl_clip in --space")
+        if self.plan.target is not None and sum(result.ended == REACHED for result in results) < LEADERS:
+            said.append("few trials reach the target: raise --seconds, or take a nearer target")
+        values = [result.value for result in runs.get("tuned", [])]
+        if self.plan.target is not None and len(values) > 1 and max(values) > 2 * min(values):
+            said.append("the held-out seeds differ by more than twice: trust the range, and raise --seeds")
+        return said
+
+    def _seconds_spent(self) -> dict[str, float]:
+        """Of this call: training, evaluating, preparing runs (models, warm-up), loading the task; the rest is ours."""
+        training, evaluating, wall = (
+            sum(getattr(result, name) for result in self.ledger) for name in ("seconds", "evaluating", "wall")
+        )
+        command, loading = time.monotonic() - self.begun, self.loaded - self.begun
+        spent = {
+            "command": command, "training": training, "evaluating": evaluating,
+            "preparing": wall - training - evaluating, "loading": loading, "tuner": command - loading - wall,
+        }  # fmt: skip
+        return {name: round(value, 2) for name, value in spent.items()}
 
 
 def with_horizon(space: Space) -> Space:

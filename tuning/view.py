@@ -26,11 +26,12 @@ class View:
 
     def __init__(self, timeout: float | None = None, quiet: bool = False) -> None:
         self.begun, self.timeout = time.monotonic(), timeout
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self.trials = 0  # of a search
         self.stage, self.running, self.curve = "", "", list[float]()
         self.results: list[Result] = []
-        self.counts = {"done": 0, "pruned": 0}
+        self.counts = {"done": 0, "running": 0, "pruned": 0}
 
     def __enter__(self) -> View:
         if self.live is not None:
@@ -55,6 +56,8 @@ class View:
             number, setting = value
             self.running = f"trial {number}: {listed(setting)}"
             self.curve = []
+        elif what == "counts":
+            self.counts = value
         elif what == "point":
             point: Point = value[1]
             self.curve.append(point.train)
@@ -65,17 +68,22 @@ class View:
 
     def _told(self, result: Result) -> None:
         self.results.append(result)
-        self.counts["pruned" if result.ended == "pruned" else "done"] += 1
         self._say(f"trial {result.number}: {outcome(result)} ({listed(result.setting)})", plain_only=True)
 
     def _table(self) -> Group:
         good = [result for result in self.results if result.good]
         best = min((result.value for result in good), default=math.nan)
         spent = time.monotonic() - self.begun
-        left = "" if self.timeout is None else f", {max(self.timeout - spent, 0):.0f} s left"
+        if self.timeout is not None:
+            left = f"{max(self.timeout - spent, 0):.0f} s left"
+        else:  # of this search, if its trials go on as long as they did
+            walls = [result.wall for result in self.results]
+            more = max(self.trials - self.counts["done"] - self.counts["pruned"], 0)
+            left = f"about {more * sum(walls) / len(walls):.0f} s left in this search" if walls else "the first trial"
         head = Text(
-            f"{self.stage}\n{self.counts['done']} done, 1 running, {self.counts['pruned']} pruned; best "
-            f"{best:.4g}; {spent:.0f} s spent{left}"
+            f"{self.stage}\n{self.counts['done']} done, {self.counts['running']} running, "
+            f"{self.counts['pruned']} pruned; best "
+            f"{best:.4g}; {spent:.0f} s spent, {left}"
         )
         table = Table(box=None, show_header=False)
         for result in self.results[-SHOWN:]:
@@ -84,7 +92,7 @@ class View:
 
     def _say(self, text: str, plain_only: bool = False) -> None:
         if self.live is None or not plain_only:
-            self.console.print(f"[{time.monotonic() - self.begun:7.1f} s] {text}", markup=False)
+            self.console.print(f"[{time.monotonic() - self.begun:7.1f} s] {text}")
 
 
 def outcome(result: Result) -> str:
