@@ -225,3 +225,29 @@ def test_a_truncated_archive_is_named(bare: Path) -> None:
     (folder / f"{FILES[0]}.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(Mistake, match=FILES[0]):
         datasets.load_mnist(folder)
+
+
+@pytest.mark.parametrize("place", ["fashion-mnist", "FashionMNIST/raw"])
+def test_fashion_mnist_is_found_and_is_not_taken_for_mnist(bare: Path, place: str) -> None:
+    write_mnist(bare / "data" / place)
+    found = datasets.load_fashion()
+    assert found.train.shape == (6, 4) and found.provenance["name"] == "fashion-mnist"
+    with pytest.raises(Mistake, match="no MNIST there"):
+        datasets.load_mnist(bare / "data")
+    with pytest.raises(Mistake, match="no Fashion-MNIST there"):
+        datasets.load_fashion(write_mnist(bare / "other" / "mnist"))
+
+
+def test_without_fashion_mnist_strokes_stand_in_and_say_so(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "usual_folders", lambda: [bare])
+    datasets._generated_fashion.cache_clear()
+    monkeypatch.setattr(datasets, "_generated_fashion", lambda: datasets_generated(200, 50))
+    found = datasets.load_fashion()
+    assert found.provenance["name"] == "strokes" and "Fashion-MNIST was not found" in found.provenance["source"]
+    labels = torch.cat([found.train_labels, found.test_labels])
+    assert torch.bincount(labels).tolist() == [25] * 10
+    ink = torch.cat([found.train, found.test]).sum(1)
+    assert float(ink[labels == 2].max()) <= float(ink[labels == 3].min()), "the classes go by ink"
+
+
+datasets_generated = datasets._generated_fashion.__wrapped__

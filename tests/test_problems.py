@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_triton import KFAC
 from kfac_triton.tuning import datasets, problems, trainer
 from kfac_triton.tuning.baselines import apply_schedule, find_entrant, initial_values
 from kfac_triton.tuning.problems import CURVES_WIDTHS, FACES_WIDTHS, MNIST_WIDTHS, autoencoder, find_task
@@ -220,3 +221,20 @@ def test_the_papers_optimizer_needs_no_setting_on_the_digits_autoencoder(seed: i
             ends[name] = task.evaluate(model)
     assert optimizer.param_groups[0]["damping"] < 150.0  # its own, which no schedule touches
     assert ends["kfac-paper"] < 0.5 * ends["adamw"]
+
+
+def test_the_convolutional_task_takes_rows_of_pixels_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = datasets._generated_fashion.__wrapped__(1024, 64)
+    monkeypatch.setattr(problems, "load_fashion", lambda folder: images)
+    task = problems.find_task("fashion-cnn")
+    torch.manual_seed(0)
+    model = task.model()
+    with KFAC(model, likelihood=task.likelihood, lr="adaptive", momentum="adaptive", compile=False) as optimizer:
+        assert set(optimizer.coverage().values()) <= {"conv", "linear"}
+        before, batches = task.evaluate(model), task.batches(0)
+        for _ in range(8):
+            optimizer.zero_grad()
+            inputs, targets = next(batches)
+            task.loss(model(inputs), targets).backward()
+            optimizer.step()
+    assert task.evaluate(model) < 0.8 * before

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from kfac_triton import KFAC, schedules
-from kfac_triton.schedules import Constant, Cosine, Exponential, StepWise, WarmUp
+from kfac_triton.schedules import Constant, Cosine, Exponential, Linear, StepWise, WarmUp
 
 EVERY = [
     Constant(0.3),
     Exponential(1.0, 1e-2, 10),
     Exponential(1e-2, 1.0, 10),
     Cosine(1.0, 0.1, 10),
+    Linear(1.0, 0.0, 10),
     StepWise(1.0, 0.1, (3, 5)),
     StepWise(1.0, 10.0, [2]),
     WarmUp(4, Cosine(1.0, 0.0, 10)),
@@ -28,6 +29,7 @@ EVERY = [
     ("schedule", "values"),
     [
         (Constant(0.3), {0: 0.3, 1000: 0.3}),
+        (Linear(1.0, 0.2, 4), {0: 1.0, 1: 0.8, 2: 0.6, 4: 0.2, 9: 0.2}),
         (Exponential(1.0, 1e-2, 10), {0: 1.0, 5: 0.1, 10: 0.01, 11: 0.01}),
         (Cosine(1.0, 0.2, 10), {0: 1.0, 5: 0.6, 10: 0.2, 99: 0.2}),
         (StepWise(1.0, 0.1, (3, 5)), {0: 1.0, 2: 1.0, 3: 0.1, 4: 0.1, 5: 0.01, 9: 0.01}),

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from kfac_triton import KFAC, load_tuned, tuned
 from kfac_triton.schedules import Schedule
-from kfac_triton.tuning import Task, TunedResult, search, tiles, tune, tuner
+from kfac_triton.tuning import Task, TunedResult, search, tiles, tune
+from kfac_triton.tuning import plan as plan_of
 from kfac_triton.tuning.errors import Mistake
-from kfac_triton.tuning.objective import Objective
+from kfac_triton.tuning.plan import Plan
 from kfac_triton.tuning.storage import open_storage
-from kfac_triton.tuning.trials import Result, Trials
-from kfac_triton.tuning.tuner import HELD_OUT, Plan, Tuning, summary, verdict
+from kfac_triton.tuning.trials import Trials
+from kfac_triton.tuning.tuner import HELD_OUT, Tuning
 
 QUICK = {"trials": 5, "seconds": 0.12, "seeds": 2, "device": "cpu", "compile": False}
 
@@ -188,10 +189,10 @@ def test_the_timeout_bounds_everything_and_the_rest_goes_on_later(tmp_path):
 
 def test_seconds_follow_from_the_timeout():
     asked = {"timeout": 600.0, "trials": 30, "seeds": 5, "baselines": ("sgd", "adamw")}
-    seconds = tuner._seconds(asked)
+    seconds = plan_of.seconds_for(asked)
     assert 4 < seconds < 6
-    assert tuner._seconds({**asked, "timeout": None}) == tuner.SECONDS
-    assert tuner._seconds({**asked, "timeout": 1e6}) == tuner.SECONDS
+    assert plan_of.seconds_for({**asked, "timeout": None}) == plan_of.SECONDS
+    assert plan_of.seconds_for({**asked, "timeout": 1e6}) == plan_of.SECONDS
 
 
 def test_nothing_good_keeps_the_defaults(monkeypatch):
@@ -214,48 +215,6 @@ def test_nothing_good_keeps_the_defaults(monkeypatch):
     assert not result.better and result.arguments == {"likelihood": "categorical"}
     assert "the defaults are kept" in result.content["verdict"]
     tuned.check(result.content, "result")
-
-
-# ------------------------------------------------------------------------------------------------------------- verdict
-
-
-def runs(*values: float | None) -> list[Result]:
-    """Results whose time to the target is a value, None for a miss close to it."""
-    return [
-        Result({}, 10.5 if v is None else v, "done" if v is None else "reached", points=[(0.0, 9.0), (5.0, 1.0)])
-        for v in values
-    ]
-
-
-TIMED = Objective(10.0, target=1.0)
-
-
-def test_better_needs_a_better_median_and_most_of_the_seeds():
-    better, why = verdict({"defaults": runs(5, 6, 7), "tuned": runs(3, 3.5, 8)}, TIMED)
-    assert better and why == "better than the defaults on 2 of 3 held-out seeds: tuned 3.5 s, defaults 6 s"
-    better, why = verdict({"defaults": runs(5, 6, 7), "tuned": runs(4.9, 5.9, 6.9)}, TIMED)
-    assert not better and "not better than the defaults (on 3 of 3 held-out seeds), which are kept" in why
-    better, _ = verdict({"defaults": runs(5, 6, 100), "tuned": runs(5.1, 5.2, 99)}, TIMED)
-    assert better
-    better, _ = verdict({"defaults": runs(3, 5, 9), "tuned": runs(3.5, 4.5, 9.5)}, TIMED)
-    assert not better, "one of three"
-    assert not verdict({"defaults": runs(3), "tuned": []}, TIMED)[0]
-    assert not verdict({"defaults": runs(3)}, TIMED)[0]
-
-
-def test_the_verdict_names_baselines_that_did_better_and_misses():
-    found = {"defaults": runs(None, None, 9), "tuned": runs(3, 3, None), "sgd": runs(1, 2, 3), "adamw": runs(4, 4, 4)}
-    better, why = verdict(found, TIMED)
-    assert better
-    assert "tuned 3 s, defaults misses the target (1 of 3 reach it), sgd 2 s, adamw 4 s; sgd did better" in why
-
-
-def test_a_median_counts_misses_and_a_range_does_not():
-    row = summary(runs(2, None, 3), TIMED)
-    assert row["seconds_to_target"] == [2, None, 3] and row["median"] == 3 and row["interval"] == [2, 3]
-    assert row["reached"] == 2 and summary(runs(None, None, 3), TIMED)["median"] is None
-    free = summary([replace(one, ended="done") for one in runs(2, 3)], Objective(10.0))
-    assert free["median"] == 1.0 and free["metric"] == [1.0, 1.0] and free["seconds_to_target"] is None
 
 
 # ---------------------------------------------------------------------------------------------------- options and parts

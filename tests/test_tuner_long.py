@@ -42,13 +42,13 @@ def middle(content: dict, name: str) -> float:
 def test_the_tuned_setting_beats_the_defaults_and_the_tuner_costs_next_to_nothing(name, tmp_path):
     """1.3 times faster to the target on five held-out seeds; or a search four times as long finds nothing better."""
     seconds, target = TASKS[name]
-    asked = {"seconds": seconds, "target": target, "storage": str(tmp_path / "t.journal"), "note": print}
+    asked = {"seconds": seconds, "target": target, "storage": str(tmp_path / "t.journal"), "baselines": ()}
     content = tuned(name, trials=30, **asked)
     spent = content["evidence"]["seconds"]
     print(f"{name}: {content['verdict']}\n{spent}\n{content['arguments']}")
     assert spent["tuner"] < 0.02 * spent["command"]
     if not middle(content, "defaults") >= 1.3 * middle(content, "tuned"):
-        more = tuned(name, trials=120, baselines=(), **asked)
+        more = tuned(name, trials=120, **asked)
         print(f"{name}, 120 trials: {more['verdict']}")
         assert not middle(more, "defaults") >= 1.3 * middle(more, "tuned")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +17,7 @@ from kfac_triton.tuning.commands import INTERRUPTED, status_of
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
-    from kfac_triton.tuned import Tiles
     from kfac_triton.tuning.gpus import GPU
     from kfac_triton.tuning.tiles import Row, Search
 
@@ -59,7 +56,7 @@ def kernels(
     from kfac_triton import tuned
     from kfac_triton.kernels._launch import triton
     from kfac_triton.tuning import shapes as shapes_of
-    from kfac_triton.tuning import tiles
+    from kfac_triton.tuning import tables, tiles
     from kfac_triton.tuning.errors import Mistake
 
     if triton is None:
@@ -77,7 +74,7 @@ def kernels(
     path = out or tuned.cache_folder() / tuned.file_name(name)
     tiles.write(path, tiles.contents(name, described.target, rows, source))
     if not quiet:
-        _print(search, rows, source, name)
+        tables.print_ranking(search, rows, source, name)
     print(path)
 
 
@@ -134,56 +131,6 @@ def _measure(rows: list[Row], device: torch.device, quiet: bool) -> list[Row]:
     return [measured(row, device) for row in track(rows, "measuring", console=console, transient=True)]
 
 
-def _print(search: Search, rows: list[Row], source: str, name: str) -> None:
-    from rich.table import Table
-
-    from kfac_triton.tuning.shapes import AXES
-
-    axes = "; ".join(f"{kernel} {_times(names)}" for kernel, names in AXES.items())
-    title = f"{name} ({search.gpu.target}): best tile of each shape, {_how(source)}"
-    table = Table(title=title, caption=f"shapes: {axes}")
-    time = "µs" if source == "measured" else "model's µs"
-    for column in ("kernel", "dtype", "shape", "tile", "parts", time, "next best", "bound by"):
-        table.add_column(column, justify="right" if column in ("parts", time, "next best") else "left")
-    for row in rows:
-        cells = [row.problem.kernel, f"{row.problem.dtype} {row.problem.precision}", _times(row.shape.size)]
-        if row.ranking:
-            (tile, parts), seconds = row.ranking[0]
-            later = f"{row.ranking[1][1] / seconds:.2f}x" if len(row.ranking) > 1 else ""
-            cells += [_tile(tile), str(parts), f"{seconds * 1e6:.1f}", later]
-        else:
-            cells += ["", "", "", ""]
-        table.add_row(*cells, row.bound)
-    console = _console()
-    console.print(table)
-    fallen = search.thrown_out()
-    kept = sum(not faults for p in search.problems for faults in search.faults(p).values())
-    reasons = ", ".join(f"{times} for {reason}" for reason, times in fallen.most_common())
-    console.print(f"{kept} candidates ranked; thrown out: {reasons or 'none'}")
-
-
-def _console() -> Console:
-    """As wide as the terminal; in a file or a pipe wide enough for every column."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 160
-    return Console(width=width, markup=False, emoji=False, highlight=False)  # a task's name is no markup
-
-
-def _how(source: str) -> str:
-    return "measured on it" if source == "measured" else "as the model has it; no GPU was measured"
-
-
-def _times(numbers: Sequence[object]) -> str:
-    return "×".join(map(str, numbers))
-
-
-def _tile(tile: Sequence[int]) -> str:
-    """Sides, terms, warps, stages, and "tma" where descriptors load."""
-    block, block_k, warps, stages, descriptors = tile
-    return f"{block}×{block}×{block_k} w{warps} s{stages}{' tma' if descriptors else ''}"
-
-
 @app.command()
 def run(
     task: Annotated[str, typer.Argument(help="A built-in name (kfac-tune tasks) or path/to/file.py:factory.")],
@@ -223,7 +170,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="The tuned file's content on standard output.")] = False,
 ) -> None:
     """Find K-FAC's settings for a task, compare them on held-out seeds, write them down."""
-    from kfac_triton.tuning import report
+    from kfac_triton.tuning import report, tables
     from kfac_triton.tuning.errors import Mistake
     from kfac_triton.tuning.tuner import Tuning
     from kfac_triton.tuning.tuner import write as write_tuned
@@ -261,7 +208,7 @@ def run(
         typer.echo(json.dumps(result.content, indent=1))
         return
     if not quiet:
-        _print_tuned(result.content)
+        tables.print_tuned(result.content)
         if not result.finished:
             typer.echo("The time ended before everything was tried; the same command goes on.", err=True)
     typer.echo(f"{out}")
@@ -304,14 +251,10 @@ def _check_out(out: Path) -> None:
 @app.command()
 def tasks() -> None:
     """List the built-in tasks."""
-    from rich.table import Table
-
+    from kfac_triton.tuning import tables
     from kfac_triton.tuning.problems import BUILT_IN, about
 
-    table = Table(box=None, show_header=False)
-    for name in BUILT_IN:
-        table.add_row(name, about(name))
-    _console().print(table)
+    tables.print_pairs([(name, about(name)) for name in BUILT_IN])
 
 
 @app.command()
@@ -324,6 +267,7 @@ def show(
 ) -> None:
     """Print a tuned file, a tile file or a study as a table."""
     from kfac_triton import tuned
+    from kfac_triton.tuning import tables
     from kfac_triton.tuning.errors import Mistake
     from kfac_triton.tuning.storage import names_storage
 
@@ -335,68 +279,19 @@ def show(
     try:
         held = tuned.read(path)
         if held["format"] == tuned.TUNED_FORMAT:
-            return _print_tuned(tuned.read_tuned(path))
-        return _print_tiles(held, tuned.read_tiles(path))
+            tables.print_tuned(tuned.read_tuned(path))
+        else:
+            tables.print_tiles(held, tuned.read_tiles(path))
     except ValueError as error:
         raise Mistake(str(error)) from None
 
 
-def _print_tiles(held: dict[str, Any], found: Tiles) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{held['gpu']} ({held['target']}), {_how(held['source'])}")
-    for column in ("kernel", "dtype", "precision", "log2 of the shape", "tile", "parts"):
-        table.add_column(column)
-    for key, entries in found.items():
-        for shape, (tile, parts) in entries.items():
-            table.add_row(*key, " ".join(map(str, shape)), _tile(tile), str(parts))
-    _console().print(table)
-
-
-def _print_tuned(content: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    objective, evidence = content["objective"], content["evidence"]
-    console = _console()
-    chosen = Table(title=f"{content['task']}: K-FAC's arguments on {content['device']}")
-    chosen.add_column("argument")
-    chosen.add_column("value")
-    for name, value in content["arguments"].items():
-        chosen.add_row(name, json.dumps(value) if isinstance(value, dict) else str(value))
-    console.print(chosen)
-    goal = (
-        f"seconds to {objective['target']:g}"
-        if objective["target"] is not None
-        else f"after {objective['seconds']:g} s"
-    )
-    table = Table(title=f"held-out seeds: {objective['metric']}, {goal}")
-    for column in ("", "median", "range", "reached", "seeds"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, row in evidence["held_out"].items():
-        span = "" if row["interval"] is None else f"{row['interval'][0]:.4g} to {row['interval'][1]:.4g}"
-        middle = "missed" if row["median"] is None else f"{row['median']:.4g}"
-        table.add_row(
-            name, middle, span, "" if row["reached"] is None else str(row["reached"]), str(len(row["metric"]))
-        )
-    console.print(table)
-    for name, search in evidence["searches"].items():
-        ended = ", ".join(f"{number} {kind}" for kind, number in search["ended"].items())
-        console.print(f"{name}: {search['trials']} trials ({ended}), {search['seconds']:.0f} s of training")
-    listed = ", ".join(f"{value:.0f} {name}" for name, value in evidence["seconds"].items() if name != "command")
-    console.print(f"{evidence['seconds'].get('command', 0.0):.0f} s in all: {listed}")
-    for line in (content["verdict"], *content["advice"]):
-        console.print(line, soft_wrap=True)
-
-
 def _show_storage(url: str, name: str | None, html: Path | None) -> None:
     import optuna
-    from rich.table import Table
 
-    from kfac_triton.tuning import report
+    from kfac_triton.tuning import report, tables
     from kfac_triton.tuning.errors import Mistake
     from kfac_triton.tuning.storage import open_storage
-    from kfac_triton.tuning.trials import Trials
-    from kfac_triton.tuning.view import listed, outcome
 
     if "://" not in url and not Path(url).is_file():
         raise Mistake(f"{url}: there is no such file")
@@ -405,32 +300,13 @@ def _show_storage(url: str, name: str | None, html: Path | None) -> None:
     if not names:
         raise Mistake(f"{url} holds no study")
     if name is None and len(names) > 1 and html is None:
-        table = Table(title=url)
-        for column in ("study", "trials", "pruned", "running", "best"):
-            table.add_column(column)
-        for each in names:
-            trials = Trials(optuna.load_study(study_name=each, storage=storage), 0)
-            counts, good = trials.counts(), [result.value for result in trials.results() if result.good]
-            best = f"{min(good):.4g}" if good else ""
-            told = counts["done"] + counts["pruned"]
-            table.add_row(each, str(told), str(counts["pruned"]), str(counts["running"]), best)
-        return _console().print(table)
-    name = name or names[0]
-    if name not in names:
+        return tables.print_studies(url, [optuna.load_study(study_name=each, storage=storage) for each in names])
+    if name is not None and name not in names:
         raise Mistake(f"--study {name}: there are {', '.join(names)}")
-    study = optuna.load_study(study_name=name, storage=storage)
-    results = Trials(study, 0).results()
-    table = Table(title=f"{name}: trials by what they came to")
-    for column in ("trial", "objective", "outcome", "seconds", "began from", "setting"):
-        table.add_column(column)
-    for result in sorted(results, key=lambda one: (not one.good, one.value)):
-        table.add_row(
-            str(result.number), f"{result.value:.4g}", outcome(result), f"{result.seconds:.1f}", result.start,
-            listed(result.setting),
-        )  # fmt: skip
-    _console().print(table)
+    found = optuna.load_study(study_name=name or names[0], storage=storage)
+    tables.print_study(found)
     if html is not None:
-        report.write(html, study)
+        report.write(html, found)
         typer.echo(f"{html}")
 
 

@@ -40,9 +40,11 @@ HYPERBAND_FROM = 40  # trials: with fewer, its four brackets are too thin
 SLACK = 1.25  # what noise may make a run late by
 CORE_SHARE = 0.6
 RANDOM_SHARE = 0.2  # of the trials are random, beside the known starts, before TPE begins to model
+CODE = ("adaptive", "exact", "empirical", "eigen", "tridiagonal")  # values that run code of their own
 ALIKE = 3  # runs in a row that fail with the same error: it is not the settings' fault
 WAIT = 0.5  # seconds between two looks at what others still work on
 
+Kind = tuple[str, frozenset[tuple[str, Any]]]
 Watch = Callable[[str, Any], None]  # ("counts" | "trial" | "point" | "told", what)
 
 
@@ -53,7 +55,7 @@ class OutOfTime(Exception):
 @dataclass(frozen=True)
 class Runs:
     """How runs are made: on which task, from which seed, towards what, on which device; `deadline` on the monotonic
-    clock ends one in the middle; `ledger` collects what each came to."""
+    clock ends one in the middle; `ledger` collects what each came to, `warmed` what kinds this process has run."""
 
     task: Task
     objective: Objective
@@ -63,6 +65,14 @@ class Runs:
     compile: bool = False
     deadline: float = math.inf
     ledger: list[Result] = field(default_factory=list)
+    warmed: set[Kind] = field(default_factory=set)
+
+    def is_cold(self, entrant: Entrant, setting: Mapping[str, Any]) -> bool:
+        """Whether a run would pay for what this process has not done yet: loading, compiling, first touches."""
+        kind = entrant.name, frozenset((name, value) for name, value in setting.items() if value in CODE)
+        cold = self.compile or kind not in self.warmed
+        self.warmed.add(kind)
+        return cold
 
 
 def measure(
@@ -72,7 +82,6 @@ def measure(
     seed: int,
     *,
     stop: Callable[[Point, Sequence[Point]], str] | None = None,
-    warm: bool = True,
 ) -> Result:
     """One run of `setting` from `seed`: to the target, or to the end of its seconds, or until `stop` says why not.
 
@@ -97,7 +106,7 @@ def measure(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")  # torch's own, for forward mode
-            run = train(runs.task, entrant, own, seed, budget, warm=warm)
+            run = train(runs.task, entrant, own, seed, budget, warm=runs.is_cold(entrant, own))
     except (OutOfTime, Mistake):
         raise
     except Exception as error:
@@ -154,22 +163,20 @@ class Search:
         Raises:
             Mistake: the task's fault. KeyboardInterrupt: what was running is back in the queue.
         """
-        warm = True
         while not self.trials.complete:
             if time.monotonic() > self.runs.deadline:
                 return False
             trial = self.trials.claim(self._sampler)
             if trial is not None:
-                if not self._run(trial, warm):
+                if not self._run(trial):
                     return False
-                warm = self.runs.compile
             elif not stay:
                 return True
             elif not self.trials.complete:
                 time.sleep(WAIT)
         return True
 
-    def _run(self, trial: Trial, warm: bool) -> bool:
+    def _run(self, trial: Trial) -> bool:
         try:
             setting = self.space.suggest(trial)
             self.watch("counts", self.trials.counts())
@@ -179,9 +186,7 @@ class Search:
                 result = Result(setting, self.runs.objective.worst([]), outcomes.FAILED, reason)
             else:
                 with self.trials.alive(trial):
-                    result = measure(
-                        self.runs, self.entrant, setting, self.runs.seed, stop=self._stop_rule(trial), warm=warm
-                    )
+                    result = measure(self.runs, self.entrant, setting, self.runs.seed, stop=self._stop_rule(trial))
         except OutOfTime:
             self.trials.give_back(trial)
             return False

@@ -32,9 +32,11 @@ from kfac_triton import tuned
 from kfac_triton.schedules import Schedule
 from kfac_triton.tuning.baselines import ENTRANTS, Entrant
 from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.evidence import summary, verdict
 from kfac_triton.tuning.objective import Objective
+from kfac_triton.tuning.plan import LEADERS, REPEATS, SLOWER, VERSION, Plan, check, seconds_for, short_spec
 from kfac_triton.tuning.problems import find_task
-from kfac_triton.tuning.search import EVALUATIONS, OutOfTime, Runs, Search, Watch, measure, pruner
+from kfac_triton.tuning.search import EVALUATIONS, Kind, OutOfTime, Runs, Search, Watch, measure, pruner
 from kfac_triton.tuning.space import SPACES, Space
 from kfac_triton.tuning.storage import open_storage
 from kfac_triton.tuning.store import write_json
@@ -42,39 +44,14 @@ from kfac_triton.tuning.task import Task
 from kfac_triton.tuning.trainer import evaluate
 from kfac_triton.tuning.trials import HOST, REACHED, Result, Trials
 
-VERSION = 1  # of what a study means; another one is another study
-LEADERS, REPEATS = 3, 2  # settings that run again, and on how many more seeds
 HELD_OUT = 10_000  # the first seed that no search has seen
-BETTER = 0.97  # times the defaults' median: what counts as better
 COMPILED_FROM = 30.0  # seconds of a run: shorter ones would mostly compile
 TILE_SECONDS = 900.0  # of a timeout that must be left for kernel tiles to be measured
 EVALUATING = 0.1  # of a run's seconds, at most, in evaluations
-SLOWER = 1.15  # a run's seconds, evaluations and the rest included
 KEPT_FOR_THE_END = 0.5  # of a timeout, at most, for leaders and held-out seeds
 SEARCHED = Entrant("kfac", settings_of.build, schedule=settings_of.by_seconds)
-TRIALS, SECONDS, SEEDS = 30, 60.0, 5
+TRIALS, SEEDS = 30, 5
 Note = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a study is of. Every worker on a storage reads it there; `identity` is what must not change."""
-
-    task: str
-    signature: str
-    seconds: float
-    target: float | None
-    seed: int
-    space: dict[str, str]
-    trials: int
-    baselines: tuple[str, ...]
-    pruner: str
-    evaluations: int
-    version: int = VERSION
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k not in ("trials", "baselines", "pruner", "evaluations")}
 
 
 @dataclass(frozen=True)
@@ -155,7 +132,7 @@ class Tuning:
         self.begun = time.monotonic() if begun is None else begun
         self.asked, self.joined, self.worker = asked, joined, worker
         self.note: Note = asked["note"]
-        _check(asked, task)
+        check(asked, task)
         self.deadline = math.inf if asked["timeout"] is None else self.begun + asked["timeout"]
         self.device = environment.find_device(asked["device"])
         self.spec = task if isinstance(task, str) else task.name or "task"
@@ -163,15 +140,16 @@ class Tuning:
             find_task(task, asked["data"], self.device) if isinstance(task, str) else replace(task, name=self.spec)
         )
         self.ledger: list[Result] = []
-        self.loaded = time.monotonic()
+        self.warmed: set[Kind] = set()
         model, self.untrained = preflight.check(self.task, self.device)
+        self.loaded = time.monotonic()
         self.signature, self.parameters = tuned.signature(model), sum(p.numel() for p in model.parameters())
         self.storage = (
             optuna.storages.InMemoryStorage()
             if asked["storage"] is None
             else open_storage(asked["storage"], asked["jobs"])
         )
-        self.name = asked["study"] or _short_spec(self.spec)
+        self.name = asked["study"] or short_spec(self.spec)
         self.space = settings_of.read_space(asked["space"], asked["fix"])
         self.plan = self._plan()
         self.seeds = asked["seeds"]
@@ -215,13 +193,13 @@ class Tuning:
     def _asked_plan(self, main: optuna.Study, held: Plan | None) -> Plan:
         """What the call asks for; what it leaves open is as `held` has it."""
         asked = self.asked
-        seconds = asked["seconds"] or (held.seconds if held else _seconds(asked))
+        seconds = asked["seconds"] or (held.seconds if held else seconds_for(asked))
         evaluations = held.evaluations if held else self._evaluations(seconds)
         target = asked["target"] if asked["target"] is not None else self.task.target
         if target == "defaults":
             target = held.target if held else self._end_of_defaults(main, seconds, evaluations)
         return Plan(
-            _short_spec(self.spec), self.signature, seconds, target, asked["seed"], self.space.describe(),
+            short_spec(self.spec), self.signature, seconds, target, asked["seed"], self.space.describe(),
             asked["trials"], tuple(asked["baselines"]), asked["prune"], evaluations,
         )  # fmt: skip
 
@@ -243,15 +221,17 @@ class Tuning:
 
     def _evaluations(self, seconds: float) -> int:
         """Of a run: as many as take at most a tenth of its seconds, within limits."""
+        model = self.task.model().to(self.device)
         begun = time.perf_counter()
-        evaluate(self.task, self.task.model().to(self.device), self.device)
+        evaluate(self.task, model, self.device)
         most = EVALUATING * seconds / (time.perf_counter() - begun)
         return next((number for number in EVALUATIONS if number <= most), EVALUATIONS[-1])
 
     def _end_of_defaults(self, main: optuna.Study, seconds: float, evaluations: int) -> float:
         """What the default settings end with, the median of three seeds."""
-        objective, seed = Objective(seconds), self.asked["seed"]
-        runs = Runs(self.task, objective, seed, self.device, evaluations, False, self.deadline, self.ledger)
+        seed, objective = self.asked["seed"], Objective(seconds)
+        runs = Runs(self.task, objective, seed, self.device, evaluations, False, self.deadline)
+        runs = replace(runs, ledger=self.ledger, warmed=self.warmed)
         contender = Contender("defaults", ENTRANTS["kfac"], {})
         first = self.asked["seed"]
         ends = [self._kept(main, "target", contender, seed, runs).value for seed in range(first, first + 3)]
@@ -353,10 +333,9 @@ class Tuning:
         return Objective(self.plan.seconds, self.plan.target, self.untrained)
 
     def _runs(self, deadline: float) -> Runs:
-        plan = self.plan
-        return Runs(
-            self.task, self.objective, plan.seed, self.device, plan.evaluations, self.compile, deadline, self.ledger
-        )
+        plan, objective = self.plan, self.objective
+        runs = Runs(self.task, objective, plan.seed, self.device, plan.evaluations, self.compile, deadline)
+        return replace(runs, ledger=self.ledger, warmed=self.warmed)
 
     def _search_deadline(self, searches: int) -> float:
         """When this search has had its share: those still to come get as much each, the end what it needs."""
@@ -373,14 +352,14 @@ class Tuning:
     def _earlier(self) -> dict[str, dict[str, Any]]:
         """The best settings of other studies of the same task in this storage."""
         found = {}
-        for summary in optuna.get_all_study_summaries(storage=self.storage, include_best_trial=False):
-            plan = summary.user_attrs.get("plan", {})
+        for other in optuna.get_all_study_summaries(storage=self.storage, include_best_trial=False):
+            plan = other.user_attrs.get("plan", {})
             same = plan.get("task") == self.plan.task and plan.get("signature") == self.signature
-            if same and summary.study_name != self.name:
-                trials = Trials(optuna.load_study(study_name=summary.study_name, storage=self.storage), 0)
+            if same and other.study_name != self.name:
+                trials = Trials(optuna.load_study(study_name=other.study_name, storage=self.storage), 0)
                 best = _best(trials.results())
                 if best:
-                    found[f"study {summary.study_name}"] = best[0].setting
+                    found[f"study {other.study_name}"] = best[0].setting
         return found
 
     def _winner(self, name: str) -> tuple[Result, float] | None:
@@ -534,7 +513,8 @@ class Tuning:
         return said
 
     def _seconds_spent(self) -> dict[str, float]:
-        """Of this call: training, evaluating, preparing runs (models, warm-up), loading the task; the rest is ours."""
+        """Of this call: training, evaluating, preparing runs (models, warm-up), loading (libraries, the task, a first
+        step on it); the rest is ours."""
         training, evaluating, wall = (
             sum(getattr(result, name) for result in self.ledger) for name in ("seconds", "evaluating", "wall")
         )
@@ -550,57 +530,6 @@ def with_horizon(space: Space) -> Space:
     """A baseline's space with the end of its schedule free, as K-FAC's is."""
     horizon = settings_of.KFAC_SPACE.parameters["horizon"]
     return replace(space, parameters={**space.parameters, "horizon": horizon}, first={**space.first, "horizon": 1.0})
-
-
-def verdict(runs: Mapping[str, Sequence[Result]], objective: Objective) -> tuple[bool, str]:
-    """Whether the tuned setting beats the defaults on the held-out seeds, and that in words, with the baselines."""
-    tuned_runs, default_runs = runs.get("tuned", []), runs["defaults"]
-    if not tuned_runs:
-        return False, "nothing was measured on held-out seeds; the defaults are kept"
-    ours, theirs = (median(result.value for result in results) for results in (tuned_runs, default_runs))
-    wins = sum(a.value < b.value for a, b in zip(tuned_runs, default_runs, strict=True))
-    margin = BETTER * theirs if theirs > 0 else theirs
-    better = ours < margin and wins > len(tuned_runs) / 2
-    told = f"tuned {_told(tuned_runs, objective)}, defaults {_told(default_runs, objective)}"
-    rivals = [
-        f"{name} {_told(results, objective)}" for name, results in runs.items() if name not in ("tuned", "defaults")
-    ]
-    ahead = [
-        name
-        for name, results in runs.items()
-        if name not in ("tuned", "defaults") and median(r.value for r in results) < min(ours, theirs)
-    ]
-    text = (
-        f"better than the defaults on {wins} of {len(tuned_runs)} held-out seeds"
-        if better
-        else (f"not better than the defaults (on {wins} of {len(tuned_runs)} held-out seeds), which are kept")
-    )
-    return better, f"{text}: {', '.join([told, *rivals])}" + (f"; {' and '.join(ahead)} did better" if ahead else "")
-
-
-def summary(results: Sequence[Result], objective: Objective) -> dict[str, Any]:
-    """Seeds in their order: seconds to the target (None: missed) and what each ended with; medians and ranges."""
-    times = [result.value if result.ended == REACHED else None for result in results]
-    finals = [result.points[-1][1] if result.points else None for result in results]
-    judged = finals if objective.target is None else times
-    values = [value for value in judged if value is not None]
-    middle = median(math.inf if value is None else value for value in judged) if judged else math.inf
-    return {
-        "seconds_to_target": None if objective.target is None else times,
-        "metric": finals,
-        "median": middle if math.isfinite(middle) else None,
-        "interval": [min(values), max(values)] if values else None,
-        "reached": None if objective.target is None else len(values),
-    }
-
-
-def _told(results: Sequence[Result], objective: Objective) -> str:
-    held = summary(results, objective)
-    if objective.target is None:
-        return "nothing" if held["median"] is None else f"{held['median']:.4g}"
-    if held["median"] is None:
-        return f"misses the target ({held['reached']} of {len(results)} reach it)"
-    return f"{held['median']:.3g} s"
 
 
 def _listed(results: Sequence[Result]) -> str:
@@ -628,43 +557,6 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         write_json(path, dict(content))
     except OSError as error:
         raise Mistake(f"--out {path} cannot be written: {error.strerror}; name another file") from error
-
-
-def _check(asked: Mapping[str, Any], task: Task | str) -> None:
-    if asked["trials"] < 1:
-        raise Mistake(f"--trials {asked['trials']}: at least 1")
-    if asked["seconds"] is not None and not asked["seconds"] > 0:
-        raise Mistake(f"--seconds {asked['seconds']:g}: a number above 0")
-    if asked["timeout"] is not None and not asked["timeout"] > 0:
-        raise Mistake(f"--timeout {asked['timeout']:g}: a number above 0")
-    if asked["jobs"] < 1 or asked["seeds"] < 1:
-        raise Mistake(f"--jobs {asked['jobs']}, --seeds {asked['seeds']}: at least 1 each")
-    if asked["jobs"] > 1 and asked["storage"] is None:
-        raise Mistake(f"--jobs {asked['jobs']} needs a --storage that the processes share, as a journal file")
-    if asked["jobs"] > 1 and not isinstance(task, str):
-        raise Mistake(f"--jobs {asked['jobs']} needs a task that each process can load: path/to/file.py:factory")
-    if isinstance(asked["target"], str) and asked["target"] != "defaults":
-        raise Mistake(f"--target {asked['target']}: a number, or defaults")
-    unknown = [name for name in asked["baselines"] if name not in SPACES or name == "kfac"]
-    if unknown:
-        allowed = ", ".join(name for name in SPACES if name != "kfac")
-        raise Mistake(f"--baselines {','.join(unknown)}: among {allowed}, or none")
-    pruner(asked["prune"], asked["trials"])
-
-
-def _seconds(asked: Mapping[str, Any]) -> float:
-    """Of a run: such that everything fits into the timeout, half of the searches' seconds pruned."""
-    if asked["timeout"] is None:
-        return SECONDS
-    searches = 1 + len(asked["baselines"])
-    runs = searches * (0.6 * asked["trials"] + LEADERS * REPEATS) + (searches + 1) * asked["seeds"]
-    return max(0.1, float(f"{min(asked['timeout'] / (SLOWER * runs), SECONDS):.3g}"))
-
-
-def _short_spec(spec: str) -> str:
-    """A task's name without the folder, which may be another on another machine."""
-    source, colon, factory = spec.rpartition(":")
-    return f"{Path(source).name}:{factory}" if colon and source.endswith(".py") else spec
 
 
 def _short(value: Any) -> str:
