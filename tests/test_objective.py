@@ -55,3 +55,21 @@ def test_a_run_is_hopeless_once_it_is_late_by_more_than_the_slack():
     assert not TARGET.hopeless(point, best=1.7, slack=1.25)
     assert not TARGET.hopeless(point, best=math.inf, slack=1.25)
     assert not Objective(4.0).hopeless(point, best=0.1, slack=1.25)
+
+
+@pytest.mark.parametrize(
+    ("value", "rival", "start", "reach", "behind"),
+    [
+        (0.6, 0.5, 2.3, 0.4, True),
+        (0.505, 0.5, 2.3, 0.4, False),  # a hundredth of a log scale's way
+        (14.32, 14.30, 300.0, 5.0, False),  # a plateau
+        (14.3, 13.0, 300.0, 12.8, True),  # and who has left it
+        (10.0, 9.96, 10.0, 2.0, False),  # a plateau at the start
+        (1e-2, 1e-3, 2.3, 1e-5, True),
+        (0.4, 0.5, 2.3, 0.4, False),
+        (-1.0, -3.0, 5.0, -3.0, True),
+        (-2.9, -3.0, 5.0, -3.0, False),
+    ],
+)
+def test_behind_is_by_more_than_noise_on_the_scale_of_the_way(value, rival, start, reach, behind):
+    assert TARGET.behind(value, rival, start, reach) == behind

@@ -76,8 +76,8 @@ def test_the_best_setting_is_found_and_two_thirds_of_the_rest_are_pruned_at_the_
     best = min((r for r in results if r.good), key=lambda r: r.value)
     assert best.setting["x"] == min(r.setting["x"] for r in results)
     assert best.setting["x"] < 0.05
-    assert {round(6 * share) for share in ended} <= {1, 3, 6}
-    assert sum(ended) < 0.6 * 30  # what the sampler proposes last is better and better, and so passes
+    assert min(ended) == 1 / 6
+    assert sum(ended) < 0.7 * 30  # what the sampler proposes last is better and better, and so passes
     assert all(share == 1 for share in ended[: FEW - 1])
     pruned = [r for r in results if r.ended == "pruned"]
     assert pruned and all(r.reason.startswith("behind after") and not r.good for r in pruned)
@@ -234,3 +234,21 @@ def test_the_other_pruners_save_seconds_too(curves, how):
     ended = curves(towards)
     assert searcher(40, Objective(6.0), how).go()
     assert sum(ended) < 0.8 * 40
+
+
+def test_a_run_that_is_not_where_the_best_was_in_half_the_time_ends_and_one_on_the_plateau_goes_on(curves):
+    """10 until a plateau ends at x, then down: the best leaves it at 0.2; who is still on it after 0.5 lags behind."""
+    curves(lambda setting, share: 10.0 if share < setting["x"] else 10.0 - 9 * (share - setting["x"]))
+    search = searcher(3, Objective(6.0), "median")
+    for x in (0.2, 0.3, 0.9):
+        search.trials.enqueue({"x": x, "kind": "a"}, "known")
+    assert search.go()
+    first, near, far = search.trials.results()
+    assert first.ended == near.ended == "done"
+    assert far.ended == "pruned" and "not where the best was after" in far.reason
+    assert far.points[-1][0] > 0.4 * 6.0, "not while the best was on it in half the time"
+
+
+def test_the_metric_between_two_evaluations():
+    points = [(0.0, 4.0), (1.0, 2.0), (3.0, 1.0)]
+    assert [search_of.metric_at(points, t) for t in (0.0, 0.5, 1.0, 2.0, 9.0)] == [4.0, 3.0, 2.0, 1.5, 1.0]

@@ -309,6 +309,4 @@ def test_interrupted_it_says_how_it_stands(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         work.go()
     said = work.standing()
-    assert said.startswith("interrupted; kfac: 2 of 3 trials, best ") and said.endswith(
-        "sgd: 0 of 3 trials, none good yet"
-    )
+    assert said.startswith("kfac: 2 of 3 trials, best ") and said.endswith("sgd: 0 of 3 trials, none good yet")

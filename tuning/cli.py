@@ -170,40 +170,35 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="The tuned file's content on standard output.")] = False,
 ) -> None:
     """Find K-FAC's settings for a task, compare them on held-out seeds, write them down."""
-    from kfac_triton.tuning import report, tables
+    from kfac_triton.tuning import tables, tuner
     from kfac_triton.tuning.errors import Mistake
-    from kfac_triton.tuning.tuner import Tuning
-    from kfac_triton.tuning.tuner import write as write_tuned
     from kfac_triton.tuning.view import View
 
     if quiet and as_json:
         raise Mistake("--quiet with --json: one of them")
-    if join and (storage is None or jobs > 1):
-        raise Mistake("--join: needs the study's --storage, and is one process itself")
-    if not join:
-        _check_out(out)
-        html = html or out.with_suffix(".html")
-    asked: dict[str, Any] = {
-        "trials": trials, "seconds": seconds, "timeout": timeout, "target": _number_or_word(target),
-        "storage": storage or str(out.with_suffix(".journal")), "study": study, "jobs": jobs, "seed": seed,
-        "seeds": seeds, "space": space, "fix": tuple(fix or ()), "baselines": _names(baselines), "prune": pruner,
-        "device": device, "data": data, "compile": compile,
-    }  # fmt: skip
     view = View(timeout, quiet or as_json)
-    work = Tuning(task, joined=join, note=view.note, watch=view.watch, begun=STARTED, **asked)
-    view.trials = work.plan.trials
+    own: dict[str, Any] = {
+        "timeout": timeout, "device": device, "data": data, "compile": compile, "space": space,
+        "fix": tuple(fix or ()), "note": view.note, "watch": view.watch,
+    }  # fmt: skip
+    if join:
+        if storage is None or jobs > 1:
+            raise Mistake("--join: needs the study's --storage, and is one process itself")
+        with view:
+            return tuner.join(task, storage, study, **own)
+    _check_out(out)
     try:
         with view:
-            if join:
-                return work.join()
-            result = work.go(tiles)
-    except KeyboardInterrupt:
-        typer.echo(f"kfac-tune: {work.standing()}; the same command goes on: {' '.join(sys.argv)}", err=True)
+            result = tuner.tune(
+                task, trials=trials, seconds=seconds, target=_number_or_word(target),
+                storage=storage or str(out.with_suffix(".journal")), study=study, jobs=jobs, seed=seed, seeds=seeds,
+                baselines=_names(baselines), prune=pruner, tiles=tiles, begun=STARTED, **own,
+            )  # fmt: skip
+    except tuner.Interrupted as standing:
+        typer.echo(f"kfac-tune: interrupted; {standing}; the same command goes on: {' '.join(sys.argv)}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    write_tuned(out, result.content)
-    assert html is not None
-    if work.searched:
-        report.write(html, work.studies["kfac"], result.content)
+    result.save(out)
+    result.report(html or out.with_suffix(".html"))
     if as_json:
         typer.echo(json.dumps(result.content, indent=1))
         return

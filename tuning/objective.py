@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from kfac_triton.tuning.trainer import Point
 
-ALIKE = 0.03
+ALIKE, SMALL = 0.03, 0.01
 DIVERGED = 3.0  # times the seconds: beyond the 2 of a run that never left its start
 
 
@@ -56,15 +56,15 @@ class Objective:
         untrained = points[0].train if points and math.isfinite(points[0].train) else self.untrained
         return untrained + max(abs(untrained), 1.0)
 
-    def behind(self, value: float, best: float, start: float) -> bool:
-        """Whether a metric is clearly worse than the best that runs from `start` had by then: by more than `ALIKE` of
-        the way that the best has come, on a log scale where all are positive. On a plateau nobody is behind.
+    def behind(self, value: float, rival: float, start: float, reach: float) -> bool:
+        """Whether a metric is clearly worse than a rival's.
+
+        By more than `ALIKE` of the way that the rival has come from `start`, and by more than `SMALL` of the way to
+        `reach`, the least metric known; on a log scale where all are positive. On a plateau nobody is behind.
         """
-        if not (value > best and start > best):
-            return value > best
-        if best > 0:
-            value, best, start = (math.log(one) for one in (value, best, start))
-        return value - best > ALIKE * (start - best)
+        if min(value, rival, start, reach) > 0:
+            value, rival, start, reach = (math.log(one) for one in (value, rival, start, reach))
+        return value - rival > max(ALIKE * (start - rival), SMALL * (start - reach), 0.0)
 
     def hopeless(self, point: Point, best: float, slack: float) -> bool:
         """Whether a run that has not reached the target at `point` is already `slack` times later than the best."""

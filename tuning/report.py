@@ -27,18 +27,18 @@ def write(path: Path, study: optuna.Study, content: dict[str, Any] | None = None
     """Writes the report of `study`, with a tuned file's `content` on top.
 
     Raises:
-        Mistake: it can't be written, or the study has no trial.
+        Mistake: it can't be written.
     """
     results = Trials(study, 0).results()
-    if not results:
-        raise Mistake(f"study {study.study_name!r} has no finished trial to report")
     plan = study.user_attrs.get("plan", {})
     parts = [f"<h1>{html.escape(study.study_name)}</h1>"]
     if content is not None:
         parts.append(f"<p>{html.escape(content['verdict'])}</p>")
         parts.append(f"<pre>{html.escape(json.dumps(content['arguments'], indent=1))}</pre>")
     library: str | bool = True  # plotly's own script, once
-    for title, figure in _figures(study, results, plan.get("target")):
+    if not results:
+        parts.append("<p>No trial came to its end.</p>")
+    for title, figure in _figures(study, results, plan.get("target")) if results else ():
         parts.append(f"<h2>{title}</h2>" + figure.to_html(full_html=False, include_plotlyjs=library))
         library = False
     page = "\n".join(parts)

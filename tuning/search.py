@@ -1,10 +1,11 @@
 """The search of `kfac-tune` for one optimizer, as any number of workers take part in it.
 
 Optuna's TPE proposes. Its successive halving prunes (Hyperband from `HYPERBAND_FROM` trials on), on seconds: rungs are
-at a sixth and a half of a run's, and a third of the runs pass each, once `FEW` have, and those that are not clearly
-behind (`Objective.behind`): where all are on a plateau, all go on. With a target, a run ends as soon
-as it is reached, and no later than `SLACK` times the best time yet: a run that has not reached it by then can't be the
-best. In the first `CORE_SHARE` of the trials everything but `core` keeps its first value.
+at a sixth and a half of a run's, and a third of the runs pass each, once `FEW` have. From `LAG_FROM` of the best run's
+time on, a run also ends that isn't yet where the best was in a `LAG`th of the time. Neither touches what isn't clearly
+behind (`Objective.behind`): where all are on a plateau, all go on. With a target, a run ends as soon as it is there, and
+no later than `SLACK` times the best time yet. In the first `CORE_SHARE` of the trials everything but `core` keeps its
+first value.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ FEW = 4  # runs that pass a rung before one is pruned there
 PRUNERS = ("auto", "halving", "hyperband", "median", "none")
 HYPERBAND_FROM = 40  # trials: with fewer, its four brackets are too thin
 SLACK = 1.25  # what noise may make a run late by
+LAG, LAG_FROM = 2.0, 1 / 3
 CORE_SHARE = 0.6
 RANDOM_SHARE = 0.2  # of the trials are random, beside the known starts, before TPE begins to model
 CODE = ("adaptive", "exact", "empirical", "eigen", "tridiagonal")  # values that run code of their own
@@ -45,7 +48,7 @@ ALIKE = 3  # runs in a row that fail with the same error: it is not the settings
 WAIT = 0.5  # seconds between two looks at what others still work on
 
 Kind = tuple[str, frozenset[tuple[str, Any]]]
-Watch = Callable[[str, Any], None]  # ("counts" | "trial" | "point" | "told", what)
+Watch = Callable[[str, Any], None]  # ("plan" | "counts" | "trial" | "point" | "told", what)
 
 
 class OutOfTime(Exception):
@@ -203,23 +206,29 @@ class Search:
         """Why a run is to end at a point, or "": too late for the target, or behind at a rung."""
         objective, evaluations = self.runs.objective, self.runs.evaluations
         rung = evaluations // 6
-        best = min((result.value for result in self.trials.results() if result.good), default=math.inf)
-        capped = self.pruner != "none"
+        good = [result for result in self.trials.results() if result.good]
+        best = min(good, key=lambda result: result.value, default=None)
+        reach = min((result.points[-1][1] for result in good), default=math.inf)
 
         def stop(point: Point, seen: Sequence[Point]) -> str:
             self.watch("point", (trial.number, point))
-            if not math.isfinite(point.train):
-                return ""  # the trainer ends it
             place = len(seen) - 1
-            if place == 0:
+            if place == 0 or not math.isfinite(point.train):  # the trainer ends it
                 return ""
             trial.report(objective.score(seen), place)
-            if capped and objective.hopeless(point, best, SLACK):
-                return f"no target after {point.seconds:.1f} s, the best took {best:.1f} s"
+            if self.pruner == "none":
+                return ""
+            if best is not None and objective.hopeless(point, best.value, SLACK):
+                return f"no target after {point.seconds:.1f} s, the best took {best.value:.1f} s"
+            if best is not None and point.seconds >= LAG_FROM * best.points[-1][0]:
+                then = metric_at(best.points, point.seconds / LAG)
+                if objective.behind(point.train, then, seen[0].train, min(reach, then)):
+                    return f"at {point.seconds:.1f} s not where the best was after {point.seconds / LAG:.1f} s"
             if place % rung == 0 and place < evaluations and trial.should_prune():
                 rivals = [r.points[place][1] for r in self.trials.results() if len(r.points) > place]
                 rivals = [value for value in rivals if math.isfinite(value)]
-                if len(rivals) >= FEW and objective.behind(point.train, min(rivals), seen[0].train):
+                ahead = min(rivals, default=math.inf)
+                if len(rivals) >= FEW and objective.behind(point.train, ahead, seen[0].train, min(reach, ahead)):
                     return f"behind after {point.seconds:.1f} s"
             return ""
 
@@ -245,6 +254,14 @@ class Search:
         if len(last) == ALIKE and all(result.ended == outcomes.FAILED for result in last) and len(reasons) == 1:
             name = self.runs.task.name
             raise Mistake(f"task {name!r}: {ALIKE} runs of {self.entrant.name} in a row failed: {last[0].reason}")
+
+
+def metric_at(points: Sequence[tuple[float, float]], seconds: float) -> float:
+    """The metric of a curve at a time, on a straight line between two evaluations."""
+    for (start, before), (end, after) in pairwise(points):
+        if seconds <= end:
+            return before + (after - before) * (seconds - start) / max(end - start, 1e-9)
+    return points[-1][1]
 
 
 def pruner(name: str, wanted: int, evaluations: int = EVALUATIONS[0]) -> BasePruner:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -66,16 +67,27 @@ class Contender:
 @dataclass(frozen=True)
 class TunedResult:
     """What was found: `arguments` for `KFAC(model, **arguments)`, the defaults if nothing was `better`; `content` is
-    that of the tuned file."""
+    that of the tuned file, `study` the search for K-FAC's settings; `finished`: the time sufficed for everything."""
 
     arguments: dict[str, Any]
     better: bool
     content: dict[str, Any]
-    finished: bool = True
+    study: optuna.Study
+    finished: bool
 
     def save(self, path: str | Path) -> None:
-        """Writes the tuned file, whole or not at all."""
+        """Writes the tuned file, whole or not at all. Raises: Mistake: it can't be written."""
         write(Path(path), self.content)
+
+    def report(self, path: str | Path) -> None:
+        """Writes the HTML report. Raises: Mistake: it can't be written."""
+        from kfac_triton.tuning.report import write as write_report
+
+        write_report(Path(path), self.study, self.content)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle of a search; the message says how it stands."""
 
 
 def tune(
@@ -97,6 +109,8 @@ def tune(
     device: str = "auto",
     data: Path | None = None,
     compile: bool | None = None,
+    tiles: bool = True,
+    begun: float | None = None,
     note: Note = lambda text: None,
     watch: Watch = lambda what, value: None,
 ) -> TunedResult:
@@ -111,16 +125,46 @@ def tune(
         storage, study: where it is kept, and its name there; by default in memory, and the task's.
         space, fix: a file that changes the space, and texts "name=value".
         seed, seeds: of the search, and how many held-out ones.
+        baselines: tuned with the same budget and run on the same seeds.
+        prune: "auto", or one of the pruners of `search.pruner`.
+        compile: K-FAC's step; by default in trials of 30 s and more.
+        tiles: on a GPU, measure kernel tiles for the task's shapes too.
+        begun: when the time began, on the monotonic clock; by default now.
+        note, watch: told of each stage in words, and of each trial (`search.Watch`).
 
     Raises:
-        Mistake: the task or an option; KeyboardInterrupt: the same call goes on.
+        Mistake: the task or an option; Interrupted: by Ctrl-C, and the same call goes on.
     """
     work = Tuning(
         task, trials=trials, seconds=seconds, timeout=timeout, target=target, storage=storage, study=study, jobs=jobs,
         seed=seed, seeds=seeds, space=space, fix=fix, baselines=baselines, prune=prune, device=device, data=data,
-        compile=compile, note=note, watch=watch,
+        compile=compile, begun=begun, note=note, watch=watch,
     )  # fmt: skip
-    return work.go()
+    try:
+        return work.go(tiles)
+    except KeyboardInterrupt:
+        raise Interrupted(work.standing()) from None
+
+
+def join(task: str, storage: str, study: str | None = None, *, worker: int | None = None, **options: Any) -> None:
+    """Works on the trials of a study that is there until none is left to begin; its plan is in the storage.
+
+    Args:
+        worker: which one, for the sampler's seed; by default the process's number.
+        options: those of `tune` that are this machine's own: device, data, compile, timeout, jobs, space, fix, note,
+            watch.
+
+    Raises:
+        Mistake: there is no such study, or it is of another model; KeyboardInterrupt: its trial is back in the queue.
+    """
+    idle: dict[str, Any] = {
+        "trials": 1, "seconds": None, "timeout": None, "target": None, "seed": 0, "seeds": 1, "jobs": 1, "space": None,
+        "fix": (), "baselines": (), "prune": "auto", "device": "auto", "data": None, "compile": None,
+        "note": lambda text: None, "watch": lambda what, value: None,
+    }  # fmt: skip
+    number = os.getpid() if worker is None else worker
+    asked = {**idle, **options, "storage": storage, "study": study}
+    Tuning(task, joined=True, worker=number, **asked).join()
 
 
 class Tuning:
@@ -269,11 +313,6 @@ class Tuning:
         self.note("measuring kernel tiles")
         self.tiles = measured_for(self.task, self.device).name
 
-    @property
-    def searched(self) -> bool:
-        """Whether any trial of K-FAC's has ended."""
-        return bool(Trials(self.studies["kfac"], 0).results())
-
     def standing(self) -> str:
         """The best so far, in a line."""
         found = []
@@ -282,7 +321,7 @@ class Tuning:
             best = _best(results)
             text = f"best {best[0].value:.4g} in trial {best[0].number}" if best else "none good yet"
             found.append(f"{name}: {len(results)} of {self.plan.trials} trials, {text}")
-        return "interrupted; " + "; ".join(found)
+        return "; ".join(found)
 
     def join(self) -> None:
         """The search alone, until no trial is left to begin."""
@@ -292,7 +331,7 @@ class Tuning:
         left = None if math.isinf(self.deadline) else self.deadline - time.monotonic()
         asked = self.asked
         orders = {
-            "task": self.spec, "storage": asked["storage"], "study": self.name, "seed": asked["seed"],
+            "task": self.spec, "storage": asked["storage"], "study": self.name,
             "space": None if asked["space"] is None else str(asked["space"]), "fix": list(asked["fix"]),
             "device": str(self.device), "data": None if asked["data"] is None else str(asked["data"]),
             "compile": self.compile, "timeout": left, "jobs": asked["jobs"],
@@ -303,6 +342,7 @@ class Tuning:
         ]
 
     def _search(self, *, stay: bool = True) -> None:
+        self.asked["watch"]("plan", self.plan)
         for place, (name, study) in enumerate(self.studies.items()):
             self.note(f"searching {name}: {self.plan.trials} trials of at most {self.plan.seconds:g} s")
             self._searcher(name, study, self._search_deadline(len(self.studies) - place)).go(stay=stay)
@@ -472,7 +512,7 @@ class Tuning:
             "evidence": self._evidence(winners, runs, objective),
             "environment": environment.describe(self.device),
         }
-        return TunedResult(arguments, better, content, finished)
+        return TunedResult(arguments, better, content, self.studies["kfac"], finished)
 
     def _evidence(
         self, winners: Mapping[str, tuple[Result, float] | None], runs: Mapping[str, list[Result]], objective: Objective

@@ -56,6 +56,8 @@ class View:
             number, setting = value
             self.running = f"trial {number}: {listed(setting)}"
             self.curve = []
+        elif what == "plan":
+            self.trials = value.trials
         elif what == "counts":
             self.counts = value
         elif what == "point":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kfac_triton.tuning.errors import Mistake
-from kfac_triton.tuning.tuner import Tuning
+from kfac_triton.tuning.tuner import join
 
 MISTAKE = 2
 
@@ -31,19 +31,6 @@ def main(text: str) -> int:
     except KeyboardInterrupt:
         return 0
     return 0
-
-
-def join(task: str, *, worker: int, **orders: Any) -> None:
-    """Works on trials of a study that is there until none is left to begin.
-
-    Raises:
-        Mistake: there is no such study, or it is of another model.
-    """
-    idle: dict[str, Any] = {
-        "trials": 1, "seconds": None, "target": None, "seeds": 1, "baselines": (), "prune": "auto",
-        "note": lambda text: None, "watch": lambda what, value: None,
-    }  # fmt: skip
-    Tuning(task, joined=True, worker=worker, **{**idle, **orders}).join()
 
 
 def _leave(*_: object) -> None:
