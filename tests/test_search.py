@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from kfac_triton.tuning import search as search_of
 from kfac_triton.tuning.baselines import ENTRANTS
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.objective import Objective
-from kfac_triton.tuning.search import EVALUATIONS, FEW, Runs, Search, measure, pruner
+from kfac_triton.tuning.search import EVALUATIONS, Runs, Search, measure, pruner
 from kfac_triton.tuning.space import Choice, Range, Space
 from kfac_triton.tuning.task import Task
 from kfac_triton.tuning.trainer import Budget, Point, Run
@@ -78,9 +79,10 @@ def test_the_best_setting_is_found_and_two_thirds_of_the_rest_are_pruned_at_the_
     assert best.setting["x"] < 0.05
     assert min(ended) == 1 / 6
     assert sum(ended) < 0.7 * 30  # what the sampler proposes last is better and better, and so passes
-    assert all(share == 1 for share in ended[: FEW - 1])
     pruned = [r for r in results if r.ended == "pruned"]
-    assert pruned and all(r.reason.startswith("behind after") and not r.good for r in pruned)
+    assert pruned and all(
+        re.match("behind after|at .* not where the best was", r.reason) and not r.good for r in pruned
+    )
 
 
 def test_nothing_is_pruned_when_nobody_asks(curves):
@@ -99,7 +101,7 @@ def test_a_run_ends_at_the_target_and_no_later_than_the_slack_allows(curves):
     assert results[0].ended == "reached" and results[0].value == pytest.approx(0.27 * 6, rel=0.05)
     best = min(r.value for r in results)
     later = [r for r in results[1:] if r.ended == "pruned" and r.reason.startswith("no target")]
-    assert later and all(r.seconds <= 1.25 * results[0].value + 6.0 / EVALUATIONS[0] + 1e-9 for r in later)
+    assert later and all(r.seconds <= 1.2 * results[0].value + 6.0 / EVALUATIONS[0] + 1e-9 for r in later)
     assert all(r.value > best for r in later)
     assert sum(ended) < 0.5 * 20
 
@@ -236,8 +238,8 @@ def test_the_other_pruners_save_seconds_too(curves, how):
     assert sum(ended) < 0.8 * 40
 
 
-def test_a_run_that_is_not_where_the_best_was_in_half_the_time_ends_and_one_on_the_plateau_goes_on(curves):
-    """10 until a plateau ends at x, then down: the best leaves it at 0.2; who is still on it after 0.5 lags behind."""
+def test_a_run_that_is_not_where_the_best_was_in_less_time_ends_and_one_on_the_plateau_goes_on(curves):
+    """10 until a plateau ends at x, then down: the best leaves it at 0.2; who is still on it much later lags behind."""
     curves(lambda setting, share: 10.0 if share < setting["x"] else 10.0 - 9 * (share - setting["x"]))
     search = searcher(3, Objective(6.0), "median")
     for x in (0.2, 0.3, 0.9):
@@ -246,7 +248,7 @@ def test_a_run_that_is_not_where_the_best_was_in_half_the_time_ends_and_one_on_t
     first, near, far = search.trials.results()
     assert first.ended == near.ended == "done"
     assert far.ended == "pruned" and "not where the best was after" in far.reason
-    assert far.points[-1][0] > 0.4 * 6.0, "not while the best was on it in half the time"
+    assert far.points[-1][0] > 0.3 * 6.0, "not while the best was on it in two thirds of the time"
 
 
 def test_the_metric_between_two_evaluations():

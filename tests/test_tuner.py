@@ -264,7 +264,7 @@ def test_a_plan_that_every_worker_reads(done):
 
 def test_a_dear_evaluation_is_made_less_often():
     slow = replace(TASK, evaluate=lambda net: time.sleep(0.02) or 1.0)
-    found = Tuning(slow, **_asked(seconds=2.5))
+    found = Tuning(slow, **_asked(seconds=1.3))
     assert found.plan.evaluations == 12
     assert Tuning(TASK, **_asked(seconds=20.0)).plan.evaluations == 24
 

@@ -3,8 +3,8 @@
 Optuna's TPE proposes. Its successive halving prunes (Hyperband from `HYPERBAND_FROM` trials on), on seconds: rungs are
 at a sixth and a half of a run's, and a third of the runs pass each, once `FEW` have. From `LAG_FROM` of the best run's
 time on, a run also ends that isn't yet where the best was in a `LAG`th of the time. Neither touches what isn't clearly
-behind (`Objective.behind`): where all are on a plateau, all go on. With a target, a run ends as soon as it is there, and
-no later than `SLACK` times the best time yet. In the first `CORE_SHARE` of the trials everything but `core` keeps its
+behind (`Objective.behind`): where all are on a plateau, all go on. With a target, a run ends when it is there, and no
+later than `SLACK` times the best time yet. In the first `CORE_SHARE` of the trials everything but `core` keeps its
 first value.
 """
 
@@ -39,8 +39,8 @@ REDUCTION = 3
 FEW = 4  # runs that pass a rung before one is pruned there
 PRUNERS = ("auto", "halving", "hyperband", "median", "none")
 HYPERBAND_FROM = 40  # trials: with fewer, its four brackets are too thin
-SLACK = 1.25  # what noise may make a run late by
-LAG, LAG_FROM = 2.0, 1 / 3
+SLACK = 1.2  # what noise may make a run late by
+LAG, LAG_FROM = 1.5, 1 / 3
 CORE_SHARE = 0.6
 RANDOM_SHARE = 0.2  # of the trials are random, beside the known starts, before TPE begins to model
 CODE = ("adaptive", "exact", "empirical", "eigen", "tridiagonal")  # values that run code of their own

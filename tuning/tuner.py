@@ -48,7 +48,7 @@ from kfac_triton.tuning.trials import HOST, REACHED, Result, Trials
 HELD_OUT = 10_000  # the first seed that no search has seen
 COMPILED_FROM = 30.0  # seconds of a run: shorter ones would mostly compile
 TILE_SECONDS = 900.0  # of a timeout that must be left for kernel tiles to be measured
-EVALUATING = 0.1  # of a run's seconds, at most, in evaluations
+EVALUATING = 0.2  # of a run's seconds, at most, in evaluations
 KEPT_FOR_THE_END = 0.5  # of a timeout, at most, for leaders and held-out seeds
 SEARCHED = Entrant("kfac", settings_of.build, schedule=settings_of.by_seconds)
 TRIALS, SEEDS = 30, 5
@@ -264,7 +264,7 @@ class Tuning:
         )
 
     def _evaluations(self, seconds: float) -> int:
-        """Of a run: as many as take at most a tenth of its seconds, within limits."""
+        """Of a run: as many as take at most a fifth of its seconds, within limits."""
         model = self.task.model().to(self.device)
         begun = time.perf_counter()
         evaluate(self.task, model, self.device)
