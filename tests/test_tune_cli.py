@@ -256,6 +256,15 @@ def test_another_study_is_not_overwritten(folder, capfd):
     assert (Path("tuned.journal").read_bytes(), Path("tuned.json").read_bytes()) == before
 
 
+def test_what_was_tuned_for_another_task_is_not_overwritten(folder, capfd):
+    assert cli.main(small("--quiet")) == 0
+    before = Path("tuned.json").read_bytes()
+    capfd.readouterr()
+    assert cli.main(small("--quiet", "--storage", "other.journal", task="task.py:ends")) == 2
+    assert "--out tuned.json holds what was tuned for task.py:factory; name another file" in capfd.readouterr().err
+    assert Path("tuned.json").read_bytes() == before
+
+
 def test_a_disk_that_fills_leaves_the_old_file_whole(folder, capfd):
     """Writes beyond some kilobytes fail, as on a full disk; the journal, which comes first, is out of their reach."""
     assert cli.main(small("--quiet")) == 0

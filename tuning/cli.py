@@ -186,7 +186,7 @@ def run(
             raise Mistake("--join: needs the study's --storage, and is one process itself")
         with view:
             return tuner.join(task, storage, study, **own)
-    _check_out(out)
+    _check_out(out, task)
     try:
         with view:
             result = tuner.tune(
@@ -220,7 +220,7 @@ def _number_or_word(text: str | None) -> float | str | None:
         return text
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, task: str) -> None:
     """Raises: Mistake: nothing can be written there, or it is something else's."""
     import os
 
@@ -234,13 +234,17 @@ def _check_out(out: Path) -> None:
         or (out.exists() and not os.access(out, os.W_OK))
     ):
         raise Mistake(f"--out {out} cannot be written; name a file in a folder that is there")
-    if out.exists():
-        from kfac_triton import tuned
+    if not out.exists():
+        return
+    from kfac_triton import tuned
+    from kfac_triton.tuning.plan import short_spec
 
-        try:
-            tuned.read_tuned(out)
-        except ValueError as error:
-            raise Mistake(f"--out {out} is there and is no tuned file ({error}); name another file") from None
+    try:
+        held = tuned.read_tuned(out)
+    except ValueError as error:
+        raise Mistake(f"--out {out} is there and is no tuned file ({error}); name another file") from None
+    if short_spec(held["task"]) != short_spec(task):
+        raise Mistake(f"--out {out} holds what was tuned for {held['task']}; name another file")
 
 
 @app.command()
