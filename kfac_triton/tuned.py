@@ -212,12 +212,17 @@ def signature(model: nn.Module) -> str:
     return hashlib.sha256(repr(listed).encode()).hexdigest()[:12]
 
 
+def device_name(device: torch.device) -> str:
+    """A GPU's name, "cpu" for the processor: what a tuned file is for."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def compare(tuned_for: Mapping[str, Any], module: nn.Module) -> None:
     """Warns where `module` or its device is another than the one a tuned file is for."""
     name = tuned_for.get("file", "the tuned file")
     if signature(module) != tuned_for.get("signature"):
         log.warning("%s was tuned for another model (%s parameters)", name, tuned_for.get("parameters"))
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    here = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    here = device_name(device)
     if here != tuned_for.get("device"):
         log.warning("%s was tuned on %s, and the model is on %s", name, tuned_for.get("device"), here)

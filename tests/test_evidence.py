@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from kfac_triton.tuning.evidence import summary, verdict
@@ -45,4 +46,8 @@ def test_a_median_counts_misses_and_a_range_does_not():
     assert row["seconds_to_target"] == [2, None, 3] and row["median"] == 3 and row["interval"] == [2, 3]
     assert row["reached"] == 2 and summary(runs(None, None, 3), TIMED)["median"] is None
     free = summary([replace(one, ended="done") for one in runs(2, 3)], Objective(10.0))
+    ends = zip(runs(2, 3), (math.inf, math.nan), strict=True)
+    lost = [replace(one, ended="diverged", points=[(0.0, 9.0), (5.0, end)]) for one, end in ends]
+    row = summary([*lost, *runs(4)], Objective(10.0))
+    assert row["metric"] == [None, None, 1.0] and row["median"] is None and row["interval"] == [1.0, 1.0]
     assert free["median"] == 1.0 and free["metric"] == [1.0, 1.0] and free["seconds_to_target"] is None

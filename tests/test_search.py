@@ -254,3 +254,18 @@ def test_a_run_that_is_not_where_the_best_was_in_less_time_ends_and_one_on_the_p
 def test_the_metric_between_two_evaluations():
     points = [(0.0, 4.0), (1.0, 2.0), (3.0, 1.0)]
     assert [search_of.metric_at(points, t) for t in (0.0, 0.5, 1.0, 2.0, 9.0)] == [4.0, 3.0, 2.0, 1.5, 1.0]
+
+
+def test_a_worker_whose_trial_another_closed_goes_on_with_the_next(curves):
+    search = searcher(2, Objective(6.0), "none")
+    closed = []
+
+    def taken(setting, share):
+        if share == 0.5 and not closed:
+            closed.append(0)
+            search.trials.study.tell(0, state=optuna.trial.TrialState.FAIL)
+        return towards(setting, share)
+
+    curves(taken)
+    assert search.go()
+    assert [result.number for result in search.trials.results()] == [1, 2]

@@ -10,6 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from sqlalchemy.exc import OperationalError
 from torch import nn
 from torch.nn import functional as F
 
@@ -310,3 +311,15 @@ def test_interrupted_it_says_how_it_stands(monkeypatch):
         work.go()
     said = work.standing()
     assert said.startswith("kfac: 2 of 3 trials, best ") and said.endswith("sgd: 0 of 3 trials, none good yet")
+
+
+@pytest.mark.parametrize(
+    "error", [optuna.exceptions.StorageInternalError("gone"), OperationalError("s", {}, OSError())]
+)
+def test_a_storage_that_goes_away_is_one_line(monkeypatch, tmp_path, error):
+    def lost(*arguments):
+        raise error
+
+    monkeypatch.setattr(Trials, "claim", lost)
+    with pytest.raises(Mistake, match=r"t\.journal was lost \(.*\); once it is back, the same command goes on"):
+        tune(TASK, **QUICK, storage=str(tmp_path / "t.journal"), baselines=())

@@ -42,7 +42,8 @@ def verdict(runs: Mapping[str, Sequence[Result]], objective: Objective) -> tuple
 def summary(results: Sequence[Result], objective: Objective) -> dict[str, Any]:
     """Seeds in their order: seconds to the target (None: missed) and what each ended with; medians and ranges."""
     times = [result.value if result.ended == REACHED else None for result in results]
-    finals = [result.points[-1][1] if result.points else None for result in results]
+    ends = [result.points[-1][1] if result.points else math.inf for result in results]
+    finals = [end if math.isfinite(end) else None for end in ends]
     judged = finals if objective.target is None else times
     values = [value for value in judged if value is not None]
     middle = median(math.inf if value is None else value for value in judged) if judged else math.inf

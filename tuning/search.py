@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
 from optuna.trial import Trial
@@ -38,7 +38,7 @@ EVALUATIONS = (24, 12, 6)  # of a run; multiples of 6, for the rungs
 REDUCTION = 3
 FEW = 4  # runs that pass a rung before one is pruned there
 PRUNERS = ("auto", "halving", "hyperband", "median", "none")
-HYPERBAND_FROM = 40  # trials: with fewer, its four brackets are too thin
+HYPERBAND_FROM = 40  # trials: with fewer, its brackets are too thin
 SLACK = 1.2  # what noise may make a run late by
 LAG, LAG_FROM = 1.5, 1 / 3
 CORE_SHARE = 0.6
@@ -89,7 +89,7 @@ def measure(
     """One run of `setting` from `seed`: to the target, or to the end of its seconds, or until `stop` says why not.
 
     Raises:
-        OutOfTime: at the deadline. Mistake: the task's fault.
+        OutOfTime: at the deadline. Mistake: the task's fault. OptunaError: the storage's, which `stop` may ask.
     """
     begun, seen, why = time.perf_counter(), list[Point](), ""
 
@@ -110,7 +110,7 @@ def measure(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")  # torch's own, for forward mode
             run = train(runs.task, entrant, own, seed, budget, warm=runs.is_cold(entrant, own))
-    except (OutOfTime, Mistake):
+    except (OutOfTime, Mistake, OptunaError):
         raise
     except Exception as error:
         result = _failed(runs, own, error, seen, time.perf_counter() - begun)
@@ -190,6 +190,8 @@ class Search:
             else:
                 with self.trials.alive(trial):
                     result = measure(self.runs, self.entrant, setting, self.runs.seed, stop=self._stop_rule(trial))
+        except UpdateFinishedTrialError:
+            return True  # another worker took this one for dead, and the setting is back in the queue
         except OutOfTime:
             self.trials.give_back(trial)
             return False
@@ -203,7 +205,7 @@ class Search:
         return True
 
     def _stop_rule(self, trial: Trial) -> Callable[[Point, Sequence[Point]], str]:
-        """Why a run is to end at a point, or "": too late for the target, or behind at a rung."""
+        """Why a run is to end at a point, or "": too late for the target, behind the best's curve, or at a rung."""
         objective, evaluations = self.runs.objective, self.runs.evaluations
         rung = evaluations // 6
         good = [result for result in self.trials.results() if result.good]

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from kfac_triton.arguments import APPROXIMATIONS, FISHERS
 from kfac_triton.schedules import Cosine, Exponential, Linear, Schedule, WarmUp
 from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.schedules import SHAPES
 from kfac_triton.tuning.space import MOMENTUM, Choice, Range, Space
 from kfac_triton.tuning.task import Task
 
@@ -36,7 +38,7 @@ KFAC_SPACE = Space(
     {
         "lr_rule": Choice((FIXED, ADAPTIVE)),
         "lr": Range(1e-2, 1.0),
-        "lr_schedule": Choice(("constant", "linear", "cosine", "exponential")),
+        "lr_schedule": Choice(SHAPES),
         "horizon": Choice((1.0, 0.6, 0.35)),
         "warmup": Choice((0.0, 0.05)),
         "momentum": MOMENTUM,
@@ -85,10 +87,10 @@ STARTS: dict[str, dict[str, Any]] = {
 # What each parameter may ever be; a file that asks for more is refused.
 LIMITS: dict[str, tuple[str, ...]] = {
     "lr_rule": (FIXED, ADAPTIVE),
-    "lr_schedule": ("constant", "linear", "cosine", "exponential"),
+    "lr_schedule": SHAPES,
     "damping_schedule": ("constant", *FALLING, ADAPTIVE),
-    "fisher": ("mc", "exact", "empirical"),
-    "approximation": ("kronecker", "tridiagonal", "eigen"),
+    "fisher": FISHERS,
+    "approximation": APPROXIMATIONS,
 }
 BOUNDS: dict[str, tuple[float, float]] = {
     "lr": (0.0, math.inf), "horizon": (0.0, 1.0), "warmup": (0.0, 0.9), "momentum": (0.0, 0.9999),

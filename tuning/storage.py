@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.storages.journal._file import get_lock_file
+from sqlalchemy.exc import SQLAlchemyError
 
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.task import one_line
 
+LOST = (StorageInternalError, SQLAlchemyError)  # what a server that goes away makes the database layers raise
 LOCK_SECONDS = 10  # a lock that is older than this belonged to a process that was killed
 SERVER_SECONDS = 10.0
 # Drivers by kind of server, the first that is installed serves where the URL names none: module, and package on PyPI.

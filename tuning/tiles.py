@@ -265,10 +265,12 @@ def measured_for(task: Task, device: torch.device) -> Path:
     search.compile(None, lambda done, total: None)
     held = contents(name, target, [measured(row, device) for row in search.rows(TOP)], "measured")
     path = tuned.cache_folder() / tuned.file_name(name)
-    if path.is_file():
+    try:
         before = tuned.read(path)
-        if before.get("source") == "measured" and before.get("target") == target:
-            held["entries"] = _joined(before["entries"], held["entries"])
+    except ValueError:  # none yet, or damaged
+        before = {}
+    if before.get("source") == "measured" and before.get("target") == target:
+        held["entries"] = _joined(before["entries"], held["entries"])
     write(path, held)
     return path
 

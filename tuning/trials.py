@@ -1,7 +1,7 @@
 """One study's trials, shared by workers that may join, leave or be killed at any moment.
 
 A trial counts once it is told, and a study has at most as many of those as were wanted. A worker that works on one says
-every few seconds that it lives. What a dead one left is closed and its setting put first in the queue; if that worker
+every few seconds that it lives. What a dead one left is closed and its setting goes back into the queue; if that worker
 was only slow, its result finds the trial closed and is dropped. A setting whose workers keep dying counts as bad.
 """
 
@@ -54,6 +54,7 @@ class Result:
 
 
 def curve(points: list[Point]) -> list[tuple[float, float]]:
+    """(seconds, metric) of each."""
     return [(round(point.seconds, 4), point.train) for point in points]
 
 
@@ -93,7 +94,7 @@ class Trials:
         earlier = (TrialState.RUNNING, TrialState.WAITING)
         before = sum(other.number < trial.number for other in self._trials(earlier)) + len(self._trials(TOLD))
         if before >= self.wanted:  # another worker was first
-            self._close(trial.number, "surplus")
+            self._close(trial.number)
             return None
         return trial
 
@@ -138,13 +139,13 @@ class Trials:
         """Closes a trial that was broken off through no fault of its setting, which goes back into the queue."""
         number = trial.number
         held = next(one for one in self.study.get_trials(deepcopy=False) if one.number == number)
-        if self._close(number, "broken off"):
+        if self._close(number):
             self._again(held, held.user_attrs.get("attempt", 1))
 
     def reap(self) -> None:
         """Closes what dead workers left, and puts the settings back into the queue."""
         for trial in self._trials((TrialState.RUNNING,)):
-            if self._stale(trial) and self._close(trial.number, "its worker died"):
+            if self._stale(trial) and self._close(trial.number):
                 self._again(trial, trial.user_attrs.get("attempt", 1) + 1)
 
     def _again(self, trial: FrozenTrial, attempt: int) -> None:
@@ -165,7 +166,7 @@ class Trials:
             return False
         return now - since > self.grace
 
-    def _close(self, number: int, why: str) -> bool:
+    def _close(self, number: int) -> bool:
         """Fails a running trial; False if it was finished in the meantime."""
         try:
             self.study.tell(number, state=TrialState.FAIL)

@@ -39,9 +39,9 @@ from kfac_triton.tuning.plan import LEADERS, REPEATS, SLOWER, VERSION, Plan, che
 from kfac_triton.tuning.problems import find_task
 from kfac_triton.tuning.search import EVALUATIONS, Kind, OutOfTime, Runs, Search, Watch, measure, pruner
 from kfac_triton.tuning.space import SPACES, Space
-from kfac_triton.tuning.storage import open_storage
+from kfac_triton.tuning.storage import LOST, open_storage
 from kfac_triton.tuning.store import write_json
-from kfac_triton.tuning.task import Task
+from kfac_triton.tuning.task import Task, one_line
 from kfac_triton.tuning.trainer import evaluate
 from kfac_triton.tuning.trials import HOST, REACHED, Result, Trials
 
@@ -144,6 +144,8 @@ def tune(
         return work.go(tiles)
     except KeyboardInterrupt:
         raise Interrupted(work.standing()) from None
+    except LOST as error:
+        raise _lost(storage, error) from error
 
 
 def join(task: str, storage: str, study: str | None = None, *, worker: int | None = None, **options: Any) -> None:
@@ -164,7 +166,15 @@ def join(task: str, storage: str, study: str | None = None, *, worker: int | Non
     }  # fmt: skip
     number = os.getpid() if worker is None else worker
     asked = {**idle, **options, "storage": storage, "study": study}
-    Tuning(task, joined=True, worker=number, **asked).join()
+    work = Tuning(task, joined=True, worker=number, **asked)
+    try:
+        work.join()
+    except LOST as error:
+        raise _lost(storage, error) from error
+
+
+def _lost(storage: str | None, error: Exception) -> Mistake:
+    return Mistake(f"--storage {storage} was lost ({one_line(error)}); once it is back, the same command goes on")
 
 
 class Tuning:
@@ -506,7 +516,7 @@ class Tuning:
             "arguments": plain_arguments(arguments),
             "steps": self._steps(winner) if winner is not None else max([r.steps for r in runs["defaults"]], default=1),
             "model": {"signature": self.signature, "parameters": self.parameters},
-            "device": _device_name(self.device),
+            "device": tuned.device_name(self.device),
             "tiles": self.tiles,
             "objective": {"seconds": objective.seconds, "target": objective.target, "metric": self.task.metric},
             "evidence": self._evidence(winners, runs, objective),
@@ -602,7 +612,3 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
