@@ -174,9 +174,8 @@ def join(task: str, storage: str, study: str | None = None, *, worker: int | Non
 
 
 def _lost(storage: str | None, error: Exception) -> Mistake:
-    return Mistake(
-        f"--storage {storage} was lost ({one_line(error.__cause__ or error)}); once it is back, the same command goes on"
-    )
+    cause = one_line(error.__cause__ or error)
+    return Mistake(f"--storage {storage} was lost ({cause}); once it is back, the same command goes on")
 
 
 class Tuning:
