@@ -42,10 +42,10 @@ def grouped_matmul_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """out_e (M, N) <- left_e (M, K) right_e (K, N) for e < count, float32 but for left of type LEFT.
 
-    table (6, count) int64 holds the addresses of left, right, out, and of what an epilogue needs besides:
+    table (5, count) int64 holds the addresses of left, right, out, and of what an epilogue needs besides:
     "dot": `with` (M, N) of type WITH; the sums of out * with over the columns before `split` and from it on go to
     partials (count, tiles, 2), one pair a tile.
-    "divide": lambda (M,), lambda (N,) and a scalar damping, float32; out is divided by lambda_M lambda_N + damping.
+    "divide": `with` (M, N) of type WITH and a scalar damping, float32; out is divided by with + damping.
     "residual": nothing; out is I - product, and partials (count, tiles, 2) get the sums of its squares, and of product
     * I, the trace.
     The grid has count x ceil(M / BLOCK) x ceil(N / BLOCK) programs, one tile each, a matrix's next to one another.
@@ -83,10 +83,10 @@ def grouped_matmul_kernel(  # type: ignore[no-untyped-def]
         first = tl.sum(tl.where(column[None, :] < split, terms, 0.0))
         second = tl.sum(tl.where(column[None, :] < split, 0.0, terms))
     elif EPILOGUE == "divide":
-        of_rows = tl.load(pointer(table, 3, count, entry, tl.float32, False) + at_m, mask=at_m < M, other=0.0)
-        of_columns = tl.load(pointer(table, 4, count, entry, tl.float32, False) + at_n, mask=at_n < N, other=0.0)
-        damping = tl.load(pointer(table, 5, count, entry, tl.float32, False))
-        product = product / tl.where(inside, of_rows[:, None] * of_columns[None, :] + damping, 1.0)
+        other = pointer(table, 3, count, entry, WITH, ALIGNED)
+        other += at_m[:, None] * with_row + at_n[None, :] * with_col
+        damping = tl.load(pointer(table, 4, count, entry, tl.float32, False))
+        product = product / (tl.load(other, mask=inside, other=1.0).to(tl.float32) + damping)
     elif EPILOGUE == "residual":
         on_diagonal = (row[:, None] == column[None, :]) & inside
         second = tl.sum(tl.where(on_diagonal, product, 0.0))
@@ -132,7 +132,7 @@ def grouped(
 
     Args:
         extra: rows of the table beyond out's: addresses, one for each matrix.
-        like: what the matrices of "dot" have for a dtype and strides.
+        like: what the matrices of "dot" and "divide" have for a dtype and strides.
         sums: one pair of adjacent numbers for each entry of the lists, for an epilogue that adds up.
     """
     rows = [addresses(left), addresses(right), addresses(out)]
@@ -145,7 +145,7 @@ def grouped(
     precision = precision_of(torch.float32, precision)
     tile = tile or choose(count, (M, N, K), precision, device, allowed_tiles(epilogue))
     programs = -(-M // tile.block) * -(-N // tile.block)
-    table = table_of([*rows, *extra, *rows[2:] * (3 - len(extra))], device)  # addresses alone: all are of one type
+    table = table_of([*rows, *extra, *rows[2:] * (2 - len(extra))], device)  # addresses alone: all are of one type
     whole = aligned(*rows, *(extra[:1] if like is not None else ()))
     partials = torch.empty(count * programs * 2 if sums else 1, dtype=torch.float32, device=device)
     with device_of(device):
@@ -165,8 +165,8 @@ def grouped(
 
 
 def allowed_tiles(epilogue: str) -> Sequence[Tile]:
-    """What an epilogue may use, of `TILES`: the other matrix of a dot and a product of side 128 spill on sm_90."""
-    return TILES[1:] if epilogue == DOT else TILES
+    """What an epilogue may use, of `TILES`: its other matrix and a product of side 128 spill on sm_90."""
+    return TILES[1:] if epilogue in (DOT, DIVIDE) else TILES
 
 
 def choose(

@@ -1,11 +1,11 @@
-"""Preconditioning in the factors' eigenbases: out_i <- Q_G [(Q_G^T V_i Q_A) / (lambda_G lambda_A^T + damping)] Q_A^T.
+"""Preconditioning in the factors' eigenbases: out_i <- Q_G [(Q_G^T V_i Q_A) / (S + damping)] Q_A^T.
 
-V_i and out_i are (d_out, d_in), Q_G is (d_out, d_out) and Q_A (d_in, d_in) with eigenvectors as columns, lambda_G
-(d_out,) and lambda_A (d_in,) the eigenvalues, damping a scalar; all but damping may carry a leading batch axis B. This
-is (G (x) A + damping I)^-1 applied exactly, where the factored form of `kron_matmul` only approximates the sum.
+V_i, out_i and the eigenvalues S are (d_out, d_in), Q_G is (d_out, d_out) and Q_A (d_in, d_in) with eigenvectors as
+columns, damping a scalar; all but damping may carry a leading batch axis B. This is (F + damping I)^-1 applied exactly,
+for an F that is diag(S) in these bases, where the factored form of `kron_matmul` only approximates the sum.
 
 Four products take 4 d_out d_in (d_out + d_in) floating-point operations. The division stands at the end of the second,
-on the tile in registers, so it reads d_out + d_in numbers and writes nothing of its own.
+on the tile in registers, so it reads d_out d_in numbers and writes nothing of its own.
 
 One program of the kernel computes one tile of one product; four launches serve any number of equal layers.
 """
@@ -34,34 +34,29 @@ class Layer(NamedTuple):
     Q_G: Tensor
     V: Tensor
     Q_A: Tensor
-    lambda_G: Tensor
-    lambda_A: Tensor
+    S: Tensor
     damping: Tensor
 
 
 def reference(layer: Layer) -> None:
     """The specification, the operator on the CPU, and the path through torch's own libraries on a GPU."""
-    out, Q_G, V, Q_A, lambda_G, lambda_A, damping = layer
+    out, Q_G, V, Q_A, S, damping = layer
     rotated = Q_G.mT @ (V.to(out.dtype) @ Q_A)
-    rotated /= lambda_G.unsqueeze(-1) * lambda_A.unsqueeze(-2) + damping.to(out.dtype)
+    rotated /= S + damping.to(out.dtype)
     out.copy_(Q_G @ (rotated @ Q_A.mT))
 
 
 def launch(bucket: Sequence[Layer], *, tile: Tile | None = None, precision: str | None = None) -> None:
     """Runs the kernel on equal float32 layers: four launches."""
-    out, Q_G, V, Q_A, lambda_G, lambda_A, damping = (list(column) for column in zip(*bucket, strict=True))
+    out, Q_G, V, Q_A, S, damping = (list(column) for column in zip(*bucket, strict=True))
     V = [v.float() if v.dtype == torch.float64 else v for v in V]
     batch = out[0].shape[0] if out[0].ndim > 2 else 1
     dampings = [d.float() for d in damping]
     right, both = ([torch.empty_strided(o.shape, o.stride(), device=o.device) for o in out] for _ in range(2))
-    where = [
-        addresses(lambda_G, axes=1),
-        addresses(lambda_A, axes=1),
-        [d.data_ptr() for d in dampings for _ in range(batch)],
-    ]
+    where = [addresses(S), [d.data_ptr() for d in dampings for _ in range(batch)]]
     product = partial(grouped, tile=tile, precision=precision)
     product(right, V, Q_A)
-    product(both, [Q.mT for Q in Q_G], right, epilogue=DIVIDE, extra=where)
+    product(both, [Q.mT for Q in Q_G], right, epilogue=DIVIDE, extra=where, like=S[0])
     product(right, both, [Q.mT for Q in Q_A])
     product(out, Q_G, right)
 
@@ -71,15 +66,15 @@ def _key(layer: Layer) -> Hashable:
 
 
 def run(
-    out: list[Tensor], Q_G: list[Tensor], V: list[Tensor], Q_A: list[Tensor], lambda_G: list[Tensor],
-    lambda_A: list[Tensor], damping: list[Tensor], precision: str | None = None, backend: str | None = None,
+    out: list[Tensor], Q_G: list[Tensor], V: list[Tensor], Q_A: list[Tensor], S: list[Tensor],
+    damping: list[Tensor], precision: str | None = None, backend: str | None = None,
 ) -> None:  # fmt: skip
     """The operator on every device: bucket by bucket the kernel, or torch."""
     shared = {o.data_ptr() for o in out if o.numel()} & {v.data_ptr() for v in V}
     if shared:
         i = next(i for i, o in enumerate(out) if o.data_ptr() in shared)
         raise ValueError(f"out[{i}] starts at the address of an entry of V; allowed: memory of its own")
-    all_layers = map(Layer, out, Q_G, V, Q_A, lambda_G, lambda_A, damping)
+    all_layers = map(Layer, out, Q_G, V, Q_A, S, damping)
     for bucket in buckets(all_layers, _key):
         o = bucket[0].out
         count = len(bucket) * (len(o) if o.ndim == 3 else 1)
@@ -98,7 +93,7 @@ def _torch(bucket: Sequence[Layer]) -> None:
 
 register(
     "eigen_scale_",
-    "(Tensor(a!)[] out, Tensor[] Q_G, Tensor[] V, Tensor[] Q_A, Tensor[] lambda_G, Tensor[] lambda_A,"
-    " Tensor[] damping, str? precision=None, str? backend=None) -> ()",
+    "(Tensor(a!)[] out, Tensor[] Q_G, Tensor[] V, Tensor[] Q_A, Tensor[] S, Tensor[] damping,"
+    " str? precision=None, str? backend=None) -> ()",
     run,
 )

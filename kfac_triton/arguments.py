@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from kfac_triton.likelihoods import Likelihood, as_likelihood
 
-# What each argument takes today; the refused values belong to later issues of the public contract.
+# What each argument takes.
 FISHERS = ("mc", "exact", "empirical")
-APPROXIMATIONS = ("kronecker", "tridiagonal", "eigen")
+APPROXIMATIONS = ("kronecker", "tridiagonal", "eigen", "inverse_free")
 WEIGHT_SHARINGS = ("expand", "reduce")
 PRECISIONS = ("auto", "ieee", "bf16")
+TEMPORALS = ("independent", "chain_symmetric", "chain")
+SPATIALS = ("correlated", "uncorrelated")
+NORMS = ("full", "diagonal")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,11 @@ class Settings:
     mask: Callable[[Any, Tensor], Tensor] | None
     fisher: str
     approximation: str
-    weight_sharing: str
+    weight_sharing: str | Mapping[str, str]
+    temporal: str
+    spatial: str
+    norm: str
+    blocks: Mapping[type[nn.Module], Any]
     factor_fraction: float
     quadratic_fraction: float
     max_factor_dim: int
@@ -40,18 +48,31 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("fisher", self.fisher, FISHERS)
         _one_of("approximation", self.approximation, APPROXIMATIONS)
-        _one_of("weight_sharing", self.weight_sharing, WEIGHT_SHARINGS)
+        for shared in self._sharings():
+            _one_of("weight_sharing", shared, WEIGHT_SHARINGS)
+        _one_of("temporal", self.temporal, TEMPORALS)
+        _one_of("spatial", self.spatial, SPATIALS)
+        _one_of("norm", self.norm, NORMS)
         _one_of("precision", self.precision, PRECISIONS)
         if self.likelihood is None and self.fisher != "empirical":
             raise ValueError(
                 'likelihood is needed unless fisher="empirical": pass "categorical", "bernoulli", "gaussian" '
                 "or a kfac_triton.Likelihood"
             )
-        if self.approximation == "tridiagonal" and (self.fisher == "empirical" or self.weight_sharing == "reduce"):
+        if self.approximation == "tridiagonal" and (self.fisher == "empirical" or "reduce" in self._sharings()):
             given = f'fisher="{self.fisher}"' if self.fisher == "empirical" else 'weight_sharing="reduce"'
             raise ValueError(f'approximation must be "kronecker" with {given}; got "tridiagonal"')
         if self.approximation == "eigen" and self.precision == "bf16":
             raise ValueError('precision must be "auto" or "ieee" with approximation="eigen"; got "bf16"')
+        if self.temporal != "independent" and (self.approximation != "kronecker" or self.fisher == "empirical"):
+            given = f'approximation="{self.approximation}"'
+            given = 'fisher="empirical"' if self.fisher == "empirical" else given
+            raise ValueError(f'temporal must be "independent" with {given}; got {self.temporal!r}')
+        if self.spatial != "correlated" and (self.approximation == "inverse_free" or self.fisher == "empirical"):
+            given = f'approximation="{self.approximation}"'
+            given = 'fisher="empirical"' if self.fisher == "empirical" else given
+            raise ValueError(f'spatial must be "correlated" with {given}; got {self.spatial!r}')
+        self._check_blocks()
         _number("loss_scale", self.loss_scale, above=0.0)
         _number("factor_fraction", self.factor_fraction, above=0.0, most=1.0)
         _number("quadratic_fraction", self.quadratic_fraction, above=0.0, most=1.0)
@@ -62,6 +83,34 @@ class Settings:
                 raise ValueError(f"{name} must be a callable or None; got {value!r}")
         if not isinstance(self.compile, bool):
             raise ValueError(f"compile must be True or False; got {self.compile!r}")
+
+    def _sharings(self) -> tuple[str, ...]:
+        """Every value that weight_sharing has."""
+        shared = self.weight_sharing
+        return tuple(shared.values()) if isinstance(shared, Mapping) else (shared,)
+
+    def _check_blocks(self) -> None:
+        if not isinstance(self.blocks, Mapping):
+            raise ValueError(f"blocks must be a dictionary from types of modules to LayerBlocks; got {self.blocks!r}")
+        for kind, block in self.blocks.items():
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise ValueError(f"blocks must have types of modules for keys; got {kind!r}")
+            if isinstance(block, type) or not (hasattr(block, "a") and hasattr(block, "g")):
+                raise ValueError(f"blocks[{kind.__name__}] must be a LayerBlock; got {block!r}")
+        if self.blocks and self.fisher == "empirical":
+            raise ValueError('blocks must be empty with fisher="empirical", which taps layers of its own kinds alone')
+
+
+def check_sharing(weight_sharing: str | Mapping[str, str], names: Iterable[str]) -> None:
+    """Raises ValueError where a pattern of weight_sharing fits no parameter of these names."""
+    if isinstance(weight_sharing, Mapping):
+        known = [name.removesuffix(".weight") for name in names]
+        for pattern in weight_sharing:
+            if not fnmatch.filter(known, pattern):
+                raise ValueError(
+                    f"weight_sharing has {pattern!r}, which fits no layer; they are {', '.join(known[:8])}"
+                    f"{', ...' if len(known) > 8 else ''}"
+                )
 
 
 def settings(likelihood: str | Likelihood | None, **values: Any) -> Settings:
@@ -106,6 +155,7 @@ def adaptive_groups(
     initial_damping: float | None,
     kl_clip: Any,
     likelihood: Any,
+    approximation: str = "kronecker",
 ) -> dict[str, Any]:
     """The hyper-parameters that may be "adaptive": flags, and the numbers that stand beside them.
 
@@ -121,6 +171,11 @@ def adaptive_groups(
         group[f"adaptive_{name}"] = value == "adaptive" if isinstance(value, str) else False
         group[name] = start if group[f"adaptive_{name}"] else value
     adaptive = [name for name in ("lr", "momentum", "damping") if group[f"adaptive_{name}"]]
+    if approximation == "inverse_free" and group["adaptive_damping"]:
+        raise ValueError(
+            'damping must be a number or a Schedule with approximation="inverse_free", whose roots follow another '
+            'damping only slowly; got "adaptive"'
+        )
     if adaptive and likelihood is None:
         raise ValueError(f'{adaptive[0]}="adaptive" needs likelihood, whose Fisher is in the quadratic model')
     if initial_damping is not None:

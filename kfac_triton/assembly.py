@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import ops
-from kfac_triton.approximations import eigen, tridiagonal
+from kfac_triton.approximations import eigen, temporal, tridiagonal
+from kfac_triton.blocks.layout import DENSE, UNCORRELATED
 from kfac_triton.curvature import Block
 from kfac_triton.update import Blocks, Fallback, Hyper, LayerPlan, Plan, Scalar
 
@@ -35,9 +36,14 @@ def assemble(
     for weight, block in ready.items():
         has_grad = block.bias is not None and block.bias in with_grad
         bias_group = group_of[id(block.bias)] if has_grad else group_of[id(weight)]
-        in_bases = eigen.stored(optimizer.state[weight])
-        plans.append(LayerPlan(block.layout, group_of[id(weight)], bias_group, has_grad, in_bases))
-        whole = fused and not linked and not (block.layout.diagonal_A or block.layout.diagonal_G)
+        in_bases, transform = eigen.stored(optimizer.state[weight]), temporal.stored(optimizer.state[weight])
+        plans.append(
+            LayerPlan(block.layout, group_of[id(weight)], bias_group, has_grad, in_bases, transform is not None)
+        )
+        if transform is not None:
+            tensors.transforms.append(transform)
+        dense = block.layout.A in (DENSE, UNCORRELATED) and block.layout.G == DENSE
+        whole = fused and not linked and dense
         _add_block(tensors, optimizer, weight, block.bias if has_grad else None, momentum, whole)
         taken |= {weight, block.bias}
     rest = [p for p in parameters if p not in taken]
@@ -84,12 +90,13 @@ def _add_block(
     """Adds a block's tensors; `whole`: its inverses with the zeros around them that kernels want."""
     state = optimizer.state[weight]
     in_bases = eigen.stored(state)
-    for side, inverses, spectra in (("A", tensors.A_inv, tensors.lambda_A), ("G", tensors.G_inv, tensors.lambda_G)):
+    for side, inverses in (("A", tensors.A_inv), ("G", tensors.G_inv)):
         name = f"Q_{side}" if in_bases else f"{side}_inv"
         if whole:
             state[name] = ops.padded(state[name])
         inverses.append(ops.whole(state[name]) if whole else state[name])
-        spectra.append(_spectrum(state[f"lambda_{side}"], inverses[-1]) if in_bases else weight.new_empty(0))
+    around = (tensors.G_inv[-1].shape[-1], tensors.A_inv[-1].shape[-1])
+    tensors.spectra.append(_spectrum(state["spectrum"], around) if in_bases else weight.new_empty(0))
     tensors.dampings.append(state["eigen_damping"] if in_bases else weight.new_empty(0))
     for p, values, grads, buffers in (
         (weight, tensors.weights, tensors.weight_grads, tensors.weight_buffers),
@@ -111,10 +118,12 @@ def _in_place(weight: nn.Parameter, block: Block) -> bool:
     return block.layout.by_taps(weight).data_ptr() == weight.data_ptr()
 
 
-def _spectrum(values: Tensor, Q: Tensor) -> Tensor:
+def _spectrum(S: Tensor, shape: tuple[int, int]) -> Tensor:
     """The eigenvalues, and ones for the zeros around the eigenvectors."""
-    around = Q.shape[-1] - values.shape[-1]
-    return torch.nn.functional.pad(values, (0, around), value=1.0) if around else values
+    d_out, d_in = S.shape[-2:]
+    if (d_out, d_in) == shape:
+        return S
+    return torch.nn.functional.pad(S, (0, shape[1] - d_in, 0, shape[0] - d_out), value=1.0)
 
 
 def _momentum_buffer(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> Tensor:

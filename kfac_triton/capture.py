@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
@@ -25,12 +25,18 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from kfac_triton.blocks import conv, linear
+from kfac_triton.blocks import conv, embedding, linear, norm, recurrent
+from kfac_triton.blocks.custom import CustomUse, LayerBlock
 from kfac_triton.blocks.use import Part, Use, part_of
 
 log = logging.getLogger("kfac_triton")
 
-MATCHERS: dict[Any, Callable[..., Use | None]] = {**linear.MATCHERS, **conv.MATCHERS}
+MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
+    **linear.MATCHERS,
+    **conv.MATCHERS,
+    **embedding.MATCHERS,
+    **norm.MATCHERS,
+}
 MAX_KEPT_BYTES = 2**31
 
 
@@ -250,14 +256,51 @@ class Uses:
     unsupported: dict[nn.Parameter, str] = field(default_factory=dict)
 
 
+class Unrolled(TorchFunctionMode):
+    """In here recurrent layers run step by step, which forward-mode derivatives need."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in recurrent.KINDS:
+            return recurrent.unrolled(func, args, kwargs or {})[0]
+        return func(*args, **(kwargs or {}))
+
+
 class UseRecorder(TorchFunctionMode):
-    """Records every use of `parameters` in the functions called while it is active and gradients are enabled."""
+    """Records every use of `parameters` in the functions called while it is active and gradients are enabled.
+
+    It is also what matchers ask which parameter an argument is.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
         self.uses = Uses()
         self._known = {id(p): p for p in parameters}
         self._examples_second = 0
+        self._claimed: Counter[nn.Parameter] = Counter()
+
+    def __call__(self, t: Any) -> Part | None:
+        """Which part of a known parameter t is; None where it is none, or no block of whole rows."""
+        parameter = self.owner(t)
+        return None if parameter is None else part_of(parameter, t)
+
+    def owner(self, t: Any) -> nn.Parameter | None:
+        """The known parameter that t is, is a view of, or was cast from."""
+        return self._owner(t) if isinstance(t, Tensor) else None
+
+    @contextmanager
+    def claimed(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """What uses these parameters in here is left to the block of a module."""
+        self._claimed.update(parameters)
+        try:
+            yield
+        finally:
+            self._claimed.subtract(parameters)
+
+    def record(self, use: Use, out: Tensor) -> None:
+        """Notes a use whose outputs are `out`."""
+        self._record([use], out)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -266,14 +309,19 @@ class UseRecorder(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
         owners = self._owners((args, kwargs)) if torch.is_grad_enabled() else ()
+        owners = [p for p in owners if not self._claimed[p]]
+        if func in recurrent.KINDS:
+            return self._recurrent(func, args, kwargs, bool(owners))
         if not owners:
             return func(*args, **kwargs)
         matcher = MATCHERS.get(func)
-        use = matcher(self._part, *args, **kwargs) if matcher is not None else None
+        found = matcher(self, *args, **kwargs) if matcher is not None else None
+        uses = [found] if isinstance(found, Use) else found or []
         out = func(*args, **kwargs)
-        if use is not None and out.grad_fn is not None:
-            self._record(use, out)
-            owners = [p for p in owners if p is not use.weight.parameter and not _is_bias(use, p)]
+        if uses and out.grad_fn is not None:
+            self._record(uses, out)
+            covered = {id(part.parameter) for use in uses for part in (use.weight, use.bias) if part is not None}
+            owners = [p for p in owners if id(p) not in covered]
         elif all(not t.requires_grad or self._owner(t) is not None for t in _tensors(out)):
             return out
         for parameter in owners:
@@ -290,14 +338,35 @@ class UseRecorder(TorchFunctionMode):
         finally:
             self._examples_second = outside
 
-    def _record(self, use: Use, out: Tensor) -> None:
+    def _recurrent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: bool) -> Any:
+        """Runs a recurrent layer step by step, and records the uses of its weights."""
+        out, notes = recurrent.unrolled(func, args, kwargs)
+        for note in notes if known else ():
+            weight = self(note.weight)
+            if weight is None or not weight.whole or (note.outputs.grad_fn is None and not note.outputs.requires_grad):
+                continue
+            even = note.steps[0] == note.steps[-1] and len(note.steps) > 1
+            use = recurrent.RecurrentUse(
+                weight,
+                self(note.bias),
+                note.x.detach(),
+                batch_axis=int(even),
+                examples=note.steps[0] if even else 0,
+                steps=note.steps,
+            )
+            recorded = Recorded(use, get_gradient_edge(note.outputs), note.outputs.shape)
+            self.uses.recorded.setdefault(weight.parameter, []).append(recorded)
+        return out
+
+    def _record(self, uses: Sequence[Use], out: Tensor) -> None:
         # An operation may return a full view of its result; an in-place successor moves the view's place in the graph,
         # never the base's.
         base = out._base if out._is_view() and out._base is not None else out
-        if self._examples_second:
-            use = replace(use, batch_axis=1, examples=self._examples_second)
-        recorded = Recorded(use, get_gradient_edge(base), out.shape)
-        self.uses.recorded.setdefault(use.weight.parameter, []).append(recorded)
+        for use in uses:
+            if self._examples_second:
+                use = replace(use, batch_axis=1, examples=self._examples_second)
+            recorded = Recorded(use, get_gradient_edge(base), out.shape)
+            self.uses.recorded.setdefault(use.weight.parameter, []).append(recorded)
 
     def _owners(self, value: Any) -> list[nn.Parameter]:
         owners: dict[int, nn.Parameter] = {}
@@ -322,14 +391,44 @@ class UseRecorder(TorchFunctionMode):
         source = getattr(t.grad_fn.next_functions[0][0], "variable", None)
         return self._known.get(id(source))
 
-    def _part(self, t: Any) -> Part | None:
-        """Which part of a known parameter t is; None where it is none, or no block of whole rows."""
-        parameter = self._owner(t) if isinstance(t, Tensor) else None
-        return None if parameter is None else part_of(parameter, t)
 
+@contextmanager
+def custom_layers(
+    module: nn.Module, recorder: UseRecorder, blocks: Mapping[type[nn.Module], LayerBlock]
+) -> Iterator[None]:
+    """In here the calls of modules of these types are recorded as the uses that their blocks make of them."""
+    if not blocks:
+        yield
+        return
+    handles: list[Any] = []
+    open_claims: list[tuple[nn.Module, Any]] = []
 
-def _is_bias(use: Use, parameter: nn.Parameter) -> bool:
-    return use.bias is not None and use.bias.parameter is parameter
+    def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        claim = recorder.claimed(list(layer.parameters(recurse=False)))
+        claim.__enter__()
+        open_claims.append((layer, claim))
+
+    def after(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        _, claim = open_claims.pop()
+        claim.__exit__(None, None, None)
+        block = next(block for kind, block in blocks.items() if type(layer) is kind)
+        weight = recorder(getattr(layer, block.weight))
+        bias = None if block.bias is None else recorder(getattr(layer, block.bias, None))
+        y = block.output(out)
+        if weight is not None and torch.is_grad_enabled() and y.grad_fn is not None:
+            inputs = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+            x = next((a for a in inputs if isinstance(a, Tensor)), y.detach())
+            use = CustomUse(weight, bias, x, transposed=block.transposed, block=block, layer=layer, inputs=inputs)
+            recorder.record(use, y)
+
+    for layer in module.modules():
+        if type(layer) in blocks:
+            handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -358,8 +457,21 @@ class _Tap(torch.autograd.Function):
         return dys[0], None, None
 
 
+TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _Whole:
+    """Tells matchers that a module's parameters are what they are."""
+
+    def __call__(self, t: Any) -> Part | None:
+        return Part(t, 0, t.shape[0]) if isinstance(t, nn.Parameter) else None
+
+    def owner(self, t: Any) -> nn.Parameter | None:
+        return t if isinstance(t, nn.Parameter) else None
+
+
 class ModuleTaps(_Hooks):
-    """Taps in the user's own passes, for modules of type Linear, Conv1d and Conv2d whose weight is a parameter.
+    """Taps in the user's own passes, for linear modules and convolutions whose weight is a parameter.
 
     `on_use(module)` is called in the forward pass and returns what receives (x, dy) in the backward pass, once for each
     use, also under activation checkpointing; `on_output(inputs, returned)` with what the root returned. All may be
@@ -381,7 +493,7 @@ class ModuleTaps(_Hooks):
         self._on_use, self._on_output = on_use, on_output
         known = set(parameters)
         self.handles.append(module.register_forward_hook(self._after_root, with_kwargs=True))
-        tapped = (nn.Linear, nn.Conv1d, nn.Conv2d)
+        tapped = TAPPED
         unheard = {child.out_proj for child in module.modules() if isinstance(child, nn.MultiheadAttention)}
         elsewhere = {
             p for child in module.modules() if not isinstance(child, tapped) for p in child.parameters(recurse=False)
@@ -410,19 +522,18 @@ class ModuleTaps(_Hooks):
 
 
 def module_use(module: nn.Module, x: Tensor) -> Use:
-    """The use that a call of a Linear, Conv1d or Conv2d module with input x is."""
-
-    def whole(parameter: Any) -> Part | None:
-        return Part(parameter, 0, parameter.shape[0]) if isinstance(parameter, nn.Parameter) else None
-
+    """The use that a call of a module of the types `TAPPED` with input x is."""
+    whole = _Whole()
     if isinstance(module, nn.Linear):
         use = linear.MATCHERS[F.linear](whole, x, module.weight, module.bias)
     else:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+        assert isinstance(module, TAPPED[1:])
         padding: Any = module.padding
         if module.padding_mode != "zeros":
             x, padding = F.pad(x, module._reversed_padding_repeated_twice, module.padding_mode), 0
-        function = F.conv1d if isinstance(module, nn.Conv1d) else F.conv2d
+        function = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[
+            next(kind for kind in TAPPED[1:] if isinstance(module, kind))
+        ]
         use = conv.MATCHERS[function](
             whole, x, module.weight, module.bias, module.stride, padding, module.dilation, module.groups
         )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_triton.approximations import kronecker
+
 
 def check_compatible(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Raises ValueError where the state cannot be one of this optimizer's model."""
@@ -31,18 +33,19 @@ def check_compatible(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, 
                 f"the state holds a tensor of shape {tuple(wrong.shape)} for a parameter of shape {tuple(p.shape)}: "
                 "another model's"
             )
-        if "A" in stored and not _factors_fit(stored, p):
+        if "operation" in stored and not _factors_fit(stored, p):
             raise ValueError(f"the state's factors do not fit a parameter of shape {tuple(p.shape)}: another model's")
 
 
 def _factors_fit(stored: Mapping[str, Any], p: Tensor) -> bool:
-    if p.dim() < 2:
+    try:
+        shapes = kronecker.restored_layout(stored, p).factor_shapes(p.shape)
+    except (IndexError, KeyError, ZeroDivisionError):
         return False
-    rows, columns = p.shape[0], p.flatten(1).shape[1]
-    if stored["transposed"]:
-        rows, columns = columns, rows
-    d_in = columns + int(stored["bias"] >= 0)
-    return bool(stored["A"].shape[-1] == d_in and stored["G"].shape[-1] * stored["groups"] == rows)
+    names = "AG" if "A" in stored else ("A_root", "G_root")
+    return all(
+        name not in stored or tuple(stored[name].shape) == shape for name, shape in zip(names, shapes, strict=True)
+    )
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:

@@ -9,22 +9,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfac_triton import distributed
-from kfac_triton.approximations import eigen, kronecker, tridiagonal
-from kfac_triton.arguments import Settings
+from kfac_triton.approximations import eigen, inverse_free, kronecker, temporal, tridiagonal
+from kfac_triton.arguments import Settings, check_sharing
 from kfac_triton.blocks.layout import Layout
 from kfac_triton.capture import Inputs, RootInputs, sweep_inert
 from kfac_triton.damping import factored_damping
 from kfac_triton.empirical import EmpiricalSums
+from kfac_triton.expected import expected_uses
 from kfac_triton.fisher import FisherPass, Seen
-from kfac_triton.statistics import block_layout, joint_biases, limited, weight_statistics
+from kfac_triton.statistics import block_layout, joint_biases, layout_of, sharing_of, weight_statistics
 
 log = logging.getLogger("kfac_triton")
+
+UNCHAINED = ("scale", "position", "embedding")  # what stands between or before the layers of a chain
 
 State = MutableMapping[Tensor, dict[str, Any]]
 GroupOf = Callable[[nn.Parameter], dict[str, Any]]
@@ -55,6 +58,8 @@ class Curvature:
         self._named: set[nn.Parameter] = set()
         self._chain: list[nn.Parameter] = []
         self._suspects: list[tuple[nn.Parameter, Tensor]] = []
+        self._unmeasured: list[kronecker.FactorUpdate] = []
+        check_sharing(settings.weight_sharing, self.names.values())
         if settings.fisher == "empirical":
             self._sums = EmpiricalSums(module, parameters, settings)
         elif settings.likelihood is not None:
@@ -66,6 +71,7 @@ class Curvature:
                 settings.fisher == "exact",
                 settings.factor_fraction,
                 settings.seed,
+                settings.blocks,
             )
         sweep_inert(module)
         on_forward = None if self._sums is None else self._sums.begin
@@ -99,15 +105,21 @@ class Curvature:
         self.blocks = {}
         for weight in self.names:
             stored = state.get(weight, {})
-            if "A" in stored:
+            if "operation" in stored:
                 layout = kronecker.restored_layout(stored, weight)
                 self.blocks[weight] = Block(layout, parameters[int(stored["bias"])] if layout.bias else None)
-                if eigen.stored(stored) != (self.settings.approximation == "eigen"):
+                if not self._fits(stored):
                     for name in self.inverses(stored):  # of another approximation: the next step makes its own
                         del stored[name]
         self.observed = bool(self.blocks)
         if self.settings.approximation == "tridiagonal":
             self._chain = tridiagonal.in_order(state, self.blocks)
+
+    def _fits(self, stored: dict[str, Any]) -> bool:
+        """Whether what a state holds besides factors belongs to the approximation of now."""
+        return eigen.stored(stored) == (self.settings.approximation == "eigen") and (
+            temporal.stored(stored) is None or self.settings.temporal != "independent"
+        )
 
     def update_factors(
         self,
@@ -129,7 +141,7 @@ class Curvature:
         found = {p: found[p] for p, seen in zip(self.parameters, seen_by_all, strict=True) if seen}
         self._note_reasons(reasons, found)
         for p in self.reasons:
-            if "A" in state.get(p, {}):
+            if "operation" in state.get(p, {}):
                 state[p].clear()
         statistics = {w: found[w] for w in due if w in found}
         if not statistics:
@@ -141,25 +153,52 @@ class Curvature:
         for (weight, own), ok in zip(statistics.items(), usable.unbind(), strict=True):
             self._adopt(weight, own.layout, own.bias, state)
             updates.append(kronecker.FactorUpdate(state[weight], own, group_of(weight)["factor_decay"], ok))
+        self._suspects = list(zip(statistics, finite.unbind(), strict=True))
+        if finite.device.type == "cpu":
+            self._report_suspects()
+        if self.settings.approximation == "inverse_free":
+            self._update_roots(updates, list(statistics), state, group_of)
+            return
         kronecker.update_factors(updates, at_once=distributed.active())
+        if self.settings.temporal != "independent":
+            temporal.update_lags(updates)
+            names = ("A_lag", "G_lag", "time_steps")
+            distributed.average_([u.state[name] for u in updates for name in names if name in u.state])
+        if self.settings.approximation == "eigen":
+            self._measure([update for update in updates if eigen.stored(update.state)])
+            self._unmeasured = [update for update in updates if not eigen.stored(update.state)]
         if self.settings.approximation == "tridiagonal" and list(statistics) == self._chain:
             decay = group_of(next(iter(statistics)))["factor_decay"]
             tridiagonal.update_cross_moments(
                 state, statistics, decay, dict(zip(statistics, usable.unbind(), strict=True))
             )
             distributed.average_([state[w][name] for w in list(statistics)[:-1] for name in ("A_next", "G_next")])
-        self._suspects = list(zip(statistics, finite.unbind(), strict=True))
         distributed.average_([state[w][name] for w in statistics for name in "AG"])
-        if finite.device.type == "cpu":
-            self._report_suspects()
+
+    def _update_roots(
+        self, updates: list[kronecker.FactorUpdate], weights: list[nn.Parameter], state: State, group_of: GroupOf
+    ) -> None:
+        """Inverse-free: the statistics move the roots at once."""
+        inverse_free.update(
+            [(update, w, factored_damping(group_of(w))) for update, w in zip(updates, weights, strict=True)]
+        )
+        names = ("A_root", "G_root", "A_mean", "G_mean", "A_inv", "G_inv")
+        distributed.average_([state[w][name] for w in weights for name in names])
+
+    def _measure(self, updates: list[kronecker.FactorUpdate]) -> None:
+        """Eigenvalues in the bases as they are."""
+        eigen.correct(updates)
+        distributed.average_([update.state["spectrum"] for update in updates if eigen.stored(update.state)])
 
     def update_inverses(self, state: State, group_of: GroupOf, *, all_of_them: bool = False) -> None:
         """Refreshes the inverses of every block whose group is due, or of `all_of_them`."""
+        if self.settings.approximation == "inverse_free":
+            return
         due = {}
         for weight, block in self.blocks.items():
             group, stored = group_of(weight), state[weight]
             if all_of_them or not eigen.ready(stored) or inverse_due(group["step"], group["inverse_interval"]):
-                due[weight] = kronecker.Refresh(stored, block.layout, factored_damping(group))
+                due[weight] = kronecker.Refresh(stored, block.layout, factored_damping(group), weight.shape)
         update = eigen.update_bases if self.settings.approximation == "eigen" else kronecker.update_inverses
         for weight, done in zip(due, update(list(due.values())), strict=True):
             if not done:
@@ -168,6 +207,10 @@ class Curvature:
                 self._warn_once(
                     weight, f"its factors have no finite inverse, in double precision and damped more either; {instead}"
                 )
+        self._measure(self._unmeasured)
+        self._unmeasured = []
+        if self.settings.temporal != "independent":
+            temporal.update_transforms(list(due.values()), symmetric=self.settings.temporal == "chain_symmetric")
         if due and self.settings.approximation == "tridiagonal":
             layouts = {w: b.layout for w, b in self.blocks.items()}
             tridiagonal.update_links(state, layouts, {w: factored_damping(group_of(w)) for w in self.blocks})
@@ -175,7 +218,7 @@ class Curvature:
     @staticmethod
     def inverses(stored: dict[str, Any]) -> dict[str, Tensor]:
         """What a refresh of the inverses replaces in the state of a weight."""
-        replaced = ("A_inv", "G_inv", *eigen.NAMES)
+        replaced = ("A_inv", "G_inv", *eigen.NAMES, *temporal.NAMES)
         return {name: t for name, t in stored.items() if name in replaced or name.startswith("link_")}
 
     def _statistics(
@@ -189,20 +232,26 @@ class Curvature:
         known = set(parameters)
         uses = {w: u for w, u in seen.uses.items() if w not in seen.unsupported}
         joint, refused = joint_biases(seen, known)
-        reasons = {**seen.unsupported, **refused}
+        both = {bias for bias in joint.values() if bias in uses}
+        joint = {w: bias for w, bias in joint.items() if bias not in both}
+        uses = {w: u for w, u in uses.items() if w not in both}
+        reasons = {**seen.unsupported, **refused, **dict.fromkeys(both, "used in more than one way")}
         statistics = {}
         for weight, found in uses.items():
             bias = joint.get(weight)
-            layout = block_layout(found, weight, bias is not None, self.settings.max_factor_dim)
+            layout = block_layout(found, weight, bias is not None, self.settings)
             if layout is None:
                 reasons[weight] = "used in more than one way"
+                continue
+            if self.settings.approximation == "tridiagonal" and layout.operation in UNCHAINED:
+                reasons[weight] = 'approximation="tridiagonal" has no block for it'
                 continue
             statistics[weight] = weight_statistics(
                 found,
                 layout,
                 bias,
                 seen.terms,
-                reduce=self.settings.weight_sharing == "reduce",
+                reduce=sharing_of(self.settings, self.names[weight]) == "reduce",
                 masked=self.settings.mask is not None,
             )
         if self.settings.approximation == "tridiagonal" and statistics:
@@ -248,7 +297,8 @@ class Curvature:
         for p in (weight, bias):
             if p is not None:
                 state[p].clear()
-        kronecker.initialise(state[weight], weight, layout, self._index(bias))
+        factors = self.settings.approximation != "inverse_free"
+        kronecker.initialise(state[weight], weight, layout, self._index(bias), factors=factors)
 
     def _index(self, bias: nn.Parameter | None) -> int:
         """Which of the module's parameters the bias is; -1 for none."""
@@ -286,22 +336,21 @@ class Curvature:
         if self._sums is not None:
             return {weight: Block(layout, bias) for weight, (layout, bias) in self._sums.layouts().items()}
         blocks: dict[nn.Parameter, Block] = {}
-        for module in self.module.modules():
-            operation, groups = "linear", 1
-            weight: Tensor
-            bias: Tensor | None
-            if isinstance(module, nn.Linear):
-                weight, bias = module.weight, module.bias
-            elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                weight, bias, operation, groups = module.weight, module.bias, "conv", module.groups
-            elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-                weight, bias = module.in_proj_weight, module.in_proj_bias
-            else:
+        for use in expected_uses(self.module, self.settings.blocks):
+            weight, bias = use.weight, use.bias if use.bias in known else None
+            unchained = self.settings.approximation == "tridiagonal" and use.operation in UNCHAINED
+            if weight not in known or not weight.requires_grad or unchained:
                 continue
-            if weight in known and weight.requires_grad:
-                own = cast("nn.Parameter | None", bias if bias in known else None)
-                layout = Layout(operation, groups=groups, bias=own is not None)
-                blocks[cast(nn.Parameter, weight)] = Block(limited(layout, weight, self.settings.max_factor_dim), own)
+            operation = use.operation
+            if weight in blocks:  # a table that a linear layer shares, or a layer that is called from two places
+                operations = {blocks[weight].layout.operation, operation}
+                operation = "tied" if operations == {"embedding", "linear"} else operation
+                bias = bias if bias is not None else blocks[weight].bias
+            layout = layout_of(
+                operation, weight, bias is not None, self.settings,
+                transposed=use.transposed and operation != "tied", groups=use.groups,
+            )  # fmt: skip
+            blocks[weight] = Block(layout, bias)
         return blocks
 
 

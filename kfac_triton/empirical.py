@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import factors
-from kfac_triton.approximations.kronecker import Statistics, factor_dtype
+from kfac_triton.approximations.kronecker import Statistics, by_form, factor_dtype
 from kfac_triton.arguments import Settings
-from kfac_triton.blocks.layout import Layout
+from kfac_triton.blocks.layout import DIAGONAL, Layout
 from kfac_triton.blocks.use import Use
 from kfac_triton.capture import Inputs, ModuleTaps, Recorded, bare_pass, module_use
 from kfac_triton.factors import Accumulation
 from kfac_triton.fisher import SeenUse, counted_terms, recorded_forward, tensor_of_outputs
 from kfac_triton.likelihoods import Categorical
-from kfac_triton.statistics import limited, weight_statistics
+from kfac_triton.statistics import layout_of, sharing_of, weight_statistics
 
 log = logging.getLogger("kfac_triton")
 
@@ -34,12 +34,12 @@ class _Sums:
     Compiled code knows L only after its taps were traced: `G_raw` sums dy dy^T, and L^2 follows in `take`.
     """
 
-    def __init__(self, module: nn.Module, weight: nn.Parameter, known: set[nn.Parameter], max_factor_dim: int) -> None:
+    def __init__(self, module: nn.Module, weight: nn.Parameter, known: set[nn.Parameter], settings: Settings) -> None:
         bias = getattr(module, "bias", None)
         self.bias = bias if bias in known else None
         operation = "linear" if isinstance(module, nn.Linear) else "conv"
-        layout = Layout(operation, groups=getattr(module, "groups", 1), bias=self.bias is not None)
-        self.layout = limited(layout, weight, max_factor_dim)
+        groups = getattr(module, "groups", 1)
+        self.layout = layout_of(operation, weight, self.bias is not None, settings, groups=groups)
         shape_A, shape_G = self.layout.factor_shapes(weight.shape)
         self.A = torch.zeros(shape_A, dtype=factor_dtype(weight), device=weight.device)
         self.G = torch.zeros(shape_G, dtype=factor_dtype(weight), device=weight.device)
@@ -66,6 +66,7 @@ class EmpiricalSums:
 
     def __init__(self, module: nn.Module, parameters: list[nn.Parameter], settings: Settings) -> None:
         self._module = module
+        self._names = {p: name for name, p in module.named_parameters()}
         self._settings = settings
         self._likelihood = settings.likelihood or Categorical()
         device = parameters[0].device if parameters else torch.device("cpu")
@@ -80,11 +81,12 @@ class EmpiricalSums:
         taps = ModuleTaps(self._module, parameters, self._use, self._note_terms)
         known = set(parameters)
         self._inspected: set[nn.Parameter] = set()
-        self._sums = {w: _Sums(m, w, known, self._settings.max_factor_dim) for w, m in taps.weights.items()}
+        self._sums = {w: _Sums(m, w, known, self._settings) for w, m in taps.weights.items()}
         return taps
 
     def extend(self, parameters: list[nn.Parameter]) -> None:
         """Taps the layers of new parameters too; `parameters` are all there are."""
+        self._names = {p: name for name, p in self._module.named_parameters()}
         self._taps.close()
         self._taps = self._tapped(parameters)
 
@@ -129,14 +131,17 @@ class EmpiricalSums:
             sums.layout,
             sums.bias,
             1,
-            reduce=self._settings.weight_sharing == "reduce",
+            reduce=sharing_of(self._settings, self._names[use.weight.parameter]) == "reduce",
             masked=self._settings.mask is not None,
         )
         one, layout = self._one, sums.layout
         factors.accumulate_(
             [
-                Accumulation(sums.A, rows.a, one, one, rows.ones, layout.diagonal_A),
-                Accumulation(into, rows.g, one, one, False, layout.diagonal_G),
+                Accumulation(total, matrices, one, one, ones, form == DIAGONAL)
+                for total, (matrices, ones), form in (
+                    (sums.A, by_form(rows.a, layout.A, sums.A, rows.ones), layout.A),
+                    (into, by_form(rows.g, layout.G, into, False), layout.G),
+                )
             ]
         )
         sums.rows.add_(rows.rows)

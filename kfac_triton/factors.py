@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_triton import ops
-from kfac_triton.ops import Patches, Rows
+from kfac_triton import ops, uncorrelated
+from kfac_triton.ops import OneHot, Patches, Rows
 
 _ESCALATIONS = 6
 CONVERGED = 1e-2  # ||I - M X||_F of an iterated inverse: at most one percent off in any direction
@@ -75,34 +75,65 @@ def rows_in(X: Rows, factor_axes: int) -> int:
     """How many rows a matrix of `Accumulation` has; `factor_axes` are those of its dense F."""
     if isinstance(X, Patches):
         return X.count()
+    if isinstance(X, OneHot):
+        return len(X.index)
     return int(X.shape[-2]) * (int(X.shape[-3]) if X.dim() > factor_axes else 1)
 
 
 def _accumulate_diagonals_(average: Accumulation) -> None:
     beta = average.beta
     for X in average.rows:
-        rows = X.rows() if isinstance(X, Patches) else X
-        rows = rows.flatten(-3, -2) if rows.dim() > average.F.dim() + 1 else rows
-        _accumulate_diagonal_(average.F, rows, average.alpha, beta, average.bias)
+        _accumulate_diagonal_(average.F, _squares(X, average.F, average.bias), average.alpha, beta)
         beta = torch.ones_like(beta)
 
 
-def _accumulate_diagonal_(F: Tensor, X: Tensor, alpha: Tensor, beta: Tensor, bias: bool) -> None:
-    squares = X.to(F.dtype).square().sum(dim=-2)
+def _squares(X: Rows, F: Tensor, bias: bool) -> Tensor:
+    """The sums over the rows of their squared entries, as F (..., d)."""
+    if isinstance(X, OneHot):
+        return X.counts(F.dtype)
+    rows = X.rows() if isinstance(X, Patches) else X
+    rows = rows.flatten(-3, -2) if rows.dim() > F.dim() + 1 else rows
+    squares = rows.to(F.dtype).square().sum(dim=-2)
     if bias:
-        squares = torch.cat([squares, squares.new_full((*squares.shape[:-1], 1), X.shape[-2])], dim=-1)
+        squares = torch.cat([squares, squares.new_full((*squares.shape[:-1], 1), rows.shape[-2])], dim=-1)
+    return squares
+
+
+def _accumulate_diagonal_(F: Tensor, squares: Tensor, alpha: Tensor, beta: Tensor) -> None:
     kept = torch.where(beta == 0, torch.zeros_like(F), beta * F)
     F.copy_(torch.where(alpha == 0, kept, kept + alpha * squares))
 
 
-def mean_diagonal(F: Tensor, *, diagonal: bool) -> Tensor:
-    """tr F / dim F, shape (...)."""
-    return (F if diagonal else F.diagonal(dim1=-2, dim2=-1)).mean(dim=-1)
+class Shape(NamedTuple):
+    """What one factor F stands for: a matrix of width `d` in a form of `blocks.layout`. `taps`, `bias`: of patches
+    whose moments are those of uncorrelated pixels."""
+
+    d: int
+    form: str = "dense"
+    taps: int = 1
+    bias: bool = False
+
+    @property
+    def diagonal(self) -> bool:
+        return self.form == "diagonal"
+
+
+def shape_of(F: Tensor, *, diagonal: bool = False) -> Shape:
+    """The shape of a dense or a diagonal factor."""
+    return Shape(F.shape[-1], "diagonal" if diagonal else "dense")
+
+
+def mean_diagonal(F: Tensor, shape: Shape) -> Tensor:
+    """tr F / dim F, shape (...); of blocks, over all of them ()."""
+    if shape.form == "uncorrelated":
+        return uncorrelated.mean_diagonal(F, shape.taps, shape.bias)
+    diagonal = F if shape.diagonal else F.diagonal(dim1=-2, dim2=-1)
+    return diagonal.sum() / shape.d if shape.form == "blocks" else diagonal.mean(dim=-1)
 
 
 def damped_factors(A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     """A + pi gamma I and G + gamma / pi I of dense factors, as `damped_inverses` inverts them."""
-    a, g = mean_diagonal(A, diagonal=False), mean_diagonal(G, diagonal=False)
+    a, g = mean_diagonal(A, shape_of(A)), mean_diagonal(G, shape_of(G))
     gamma = torch.as_tensor(damping, dtype=A.dtype, device=A.device).sqrt()
     present = (a > torch.finfo(A.dtype).tiny) & (g > torch.finfo(A.dtype).tiny)
     pi = torch.where(present, (a / g).sqrt(), torch.ones_like(a))
@@ -113,14 +144,18 @@ def damped_factors(A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Tenso
 
 
 class Pair(NamedTuple):
-    """The factors of one weight, to be inverted with `damping`; `last` their inverses before, where there are any."""
+    """The factors of one weight, to be inverted with `damping`; `last` their inverses before, where there are any.
+
+    `whole`: where one factor is a number, the damping is added to the product of both, in the other one.
+    """
 
     A: Tensor
     G: Tensor
     damping: float | Tensor
-    diagonal_A: bool = False
-    diagonal_G: bool = False
+    shape_A: Shape
+    shape_G: Shape
     last: tuple[Tensor, Tensor] | None = None
+    whole: bool = False
 
 
 class _Side(NamedTuple):
@@ -130,7 +165,7 @@ class _Side(NamedTuple):
     scale: Tensor
     present: Tensor
     d: Tensor
-    diagonal: bool
+    shape: Shape
     last: Tensor | None
 
 
@@ -150,7 +185,8 @@ def damped_inverses(
     Returns:
         A_inv and G_inv in the factors' shapes, or None where the escalation found no finite inverse.
     """
-    return all_damped_inverses([Pair(A, G, damping, diagonal_A, diagonal_G)])[0]
+    shapes = shape_of(A, diagonal=diagonal_A), shape_of(G, diagonal=diagonal_G)
+    return all_damped_inverses([Pair(A, G, damping, *shapes)])[0]
 
 
 def all_damped_inverses(pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor] | None]:
@@ -174,20 +210,36 @@ def all_damped_inverses(pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor] | N
 def _inverse_of(side: _Side, found: Tensor | None) -> Tensor | None:
     if found is None:
         scale = torch.where(side.present, side.scale, 0.0)
-        found = _inverse_of_sum(side.F, scale, side.d, diagonal=side.diagonal)
-    return None if found is None else found.mul_(_expand(side.scale, found, side.diagonal))
+        if side.shape.form == "uncorrelated":
+            found = _inverse_of_patches(side, scale)
+        else:
+            found = _inverse_of_sum(side.F, scale, side.d, diagonal=side.shape.diagonal)
+    return None if found is None else found.mul_(_expand(side.scale, found, side.shape.diagonal))
+
+
+def _inverse_of_patches(side: _Side, scale: Tensor) -> Tensor | None:
+    S = side.F * _expand(scale, side.F, False)
+    P_inv = _inverse_of_sum(uncorrelated.parts(S)[0], torch.ones_like(scale), side.d, diagonal=False)
+    if P_inv is None:
+        return None
+    found = uncorrelated.inverse(S, P_inv, side.d, side.shape.taps, side.shape.bias)
+    return found if bool(torch.isfinite(found).all()) else None
 
 
 def _sides(pair: Pair) -> tuple[_Side, _Side]:
-    A, G, damping, diagonal_A, diagonal_G, last = pair
-    a, g = mean_diagonal(A, diagonal=diagonal_A), mean_diagonal(G, diagonal=diagonal_G)
+    A, G, damping, shape_A, shape_G, last, whole = pair
+    a, g = mean_diagonal(A, shape_A), mean_diagonal(G, shape_G)
     gamma = torch.as_tensor(damping, dtype=A.dtype, device=A.device).sqrt()
     smallest = torch.finfo(A.dtype).tiny  # below, 1 / a overflows
     present = (a > smallest) & (g > smallest)
     a, g = torch.where(present, a, 1.0), torch.where(present, g, 1.0)
     d = torch.where(present, gamma / (a.sqrt() * g.sqrt()), gamma)
+    d_A = d_G = d
+    if whole and 1 in (shape_A.d, shape_G.d):
+        none, all_of_it = torch.where(present, 0.0, d), torch.where(present, d * d, d)
+        d_A, d_G = (none, all_of_it) if shape_A.d == 1 else (all_of_it, none)
     A_inv, G_inv = (None, None) if last is None else last
-    return _Side(A, 1 / a, present, d, diagonal_A, A_inv), _Side(G, 1 / g, present, d, diagonal_G, G_inv)
+    return _Side(A, 1 / a, present, d_A, shape_A, A_inv), _Side(G, 1 / g, present, d_G, shape_G, G_inv)
 
 
 def _iterated(sides: Sequence[_Side]) -> dict[int, Tensor]:
@@ -195,7 +247,7 @@ def _iterated(sides: Sequence[_Side]) -> dict[int, Tensor]:
     warm = [
         (i, side, side.last)
         for i, side in enumerate(sides)
-        if side.last is not None and not side.diagonal and side.F.dtype == torch.float32
+        if side.last is not None and side.shape.form == "dense" and side.F.dtype == torch.float32
     ]
     if not warm:
         return {}

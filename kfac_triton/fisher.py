@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,15 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from kfac_triton import distributed
-from kfac_triton.capture import Inputs, Recorded, UseRecorder, bare_pass
+from kfac_triton.blocks.custom import LayerBlock
+from kfac_triton.capture import Inputs, Recorded, UseRecorder, bare_pass, custom_layers
 from kfac_triton.likelihoods import Likelihood
 
 log = logging.getLogger("kfac_triton")
 
 MIN_SAMPLES = 64
+
+Blocks = Mapping[type[nn.Module], LayerBlock]
 
 
 @dataclass
@@ -69,13 +72,19 @@ def tensor_of_outputs(returned: Any, output: Callable[[Any], Tensor] | None) -> 
     return z
 
 
-def recorded_forward(module: nn.Module, inputs: Inputs, parameters: Iterable[nn.Parameter]) -> tuple[UseRecorder, Any]:
-    """What a forward pass on `inputs` does with `parameters`, and what it returned; buffers stay as they were."""
+def recorded_forward(
+    module: nn.Module, inputs: Inputs, parameters: Iterable[nn.Parameter], blocks: Blocks | None = None
+) -> tuple[UseRecorder, Any]:
+    """What a forward pass on `inputs` does with `parameters`, and what it returned; buffers stay as they were.
+
+    `blocks`: those of the user's own types of layers.
+    """
     args, kwargs = tree_map(
         lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (inputs.args, inputs.kwargs)
     )
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    with UseRecorder(parameters) as recorder:
+    recorder = UseRecorder(parameters)
+    with custom_layers(module, recorder, blocks or {}), recorder:
         returned = functional_call(module, buffers, args, kwargs) if buffers else module(*args, **kwargs)
     return recorder, returned
 
@@ -119,6 +128,7 @@ class FisherPass:
     exact: bool
     fraction: float
     seed: int
+    blocks: Blocks = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
     def run(self, kept: list[Inputs], parameters: list[nn.Parameter], update: int) -> Seen:
@@ -197,7 +207,7 @@ class FisherPass:
             return inputs, *self._outputs(inputs, parameters)
 
     def _outputs(self, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[UseRecorder, Tensor]:
-        recorder, returned = recorded_forward(self.module, inputs, parameters)
+        recorder, returned = recorded_forward(self.module, inputs, parameters, self.blocks)
         return recorder, tensor_of_outputs(returned, self.output)
 
     def _part(self, inputs: Inputs, update: int) -> Inputs:

@@ -86,7 +86,22 @@ class Patches:
         return int(self.image.shape[0]) * down * across
 
 
-Rows = Tensor | Patches
+@dataclass(frozen=True)
+class OneHot:
+    """Rows a that are one-hot: the place of the one in each, `index` (n,); `weight` (n,) multiplies them, 0 or 1."""
+
+    index: Tensor
+    width: int
+    weight: Tensor | None = None
+
+    def counts(self, dtype: torch.dtype) -> Tensor:
+        """The diagonal of sum a a^T, all that it has (width,)."""
+        ones = self.index.new_ones(self.index.shape, dtype=dtype) if self.weight is None else self.weight.to(dtype)
+        found = torch.zeros(self.width, dtype=dtype, device=self.index.device)
+        return found.index_add_(0, self.index, ones)
+
+
+Rows = Tensor | Patches | OneHot
 
 
 def takes_patches(image: Tensor, groups: int) -> bool:
@@ -256,39 +271,37 @@ def eigen_scale_(
     Q_G: Sequence[Tensor],
     V: Sequence[Tensor],
     Q_A: Sequence[Tensor],
-    lambda_G: Sequence[Tensor],
-    lambda_A: Sequence[Tensor],
+    S: Sequence[Tensor],
     damping: Sequence[Tensor],
     *,
     precision: str | None = None,
     backend: str | None = None,
 ) -> None:
-    """Preconditions in eigenbases: out_i <- Q_G [(Q_G^T V_i Q_A) / (lambda_G lambda_A^T + damping)] Q_A^T, all of i.
+    """Preconditions in eigenbases: out_i <- Q_G [(Q_G^T V_i Q_A) / (S_i + damping_i)] Q_A^T, all of i.
 
     Args:
         out, V: as for `kron_matmul_`.
         Q_G, Q_A: eigenvectors as columns, (d_out, d_out) and (d_in, d_in), or with the batch axis of out; out's dtype.
-        lambda_G, lambda_A: eigenvalues (d_out,) and (d_in,), or with that axis.
-        damping: 0-d floating-point tensors on out's device, added to the products of eigenvalues.
+        S: the eigenvalues, as out in shape and dtype.
+        damping: 0-d floating-point tensors on out's device, added to the eigenvalues.
         precision, backend: as for `syrk_`.
 
     Raises:
         ValueError: the lists differ in length, or an entry's shape, dtype or device is not one of these.
     """
-    _check_lengths(len(out), "out", Q_G=Q_G, V=V, Q_A=Q_A, lambda_G=lambda_G, lambda_A=lambda_A, damping=damping)
+    _check_lengths(len(out), "out", Q_G=Q_G, V=V, Q_A=Q_A, S=S, damping=damping)
     _check_choices(precision)
     if len(out) == 0:
         return
     for i, (o, G, v, A) in enumerate(zip(out, Q_G, V, Q_A, strict=True)):
         _check_layer(i, o, G, v, A, names=("Q_G", "Q_A"), diagonals=False)
-        for name, found, size in (("lambda_G", lambda_G[i], o.shape[-2]), ("lambda_A", lambda_A[i], o.shape[-1])):
-            _check_shape(f"{name}{_at(i)}", found, (*o.shape[:-2], size))
-            _check_dtype(f"{name}{_at(i)}", found, (o.dtype,))
-            _check_device(f"{name}{_at(i)}", found, o)
+        _check_shape(f"S{_at(i)}", S[i], tuple(o.shape))
+        _check_dtype(f"S{_at(i)}", S[i], (o.dtype,))
+        _check_device(f"S{_at(i)}", S[i], o)
         _check_scalar(f"damping{_at(i)}", damping[i], o)
     load()
     torch.ops.kfac_triton.eigen_scale_(
-        list(out), list(Q_G), list(V), list(Q_A), list(lambda_G), list(lambda_A), list(damping), precision, backend
+        list(out), list(Q_G), list(V), list(Q_A), list(S), list(damping), precision, backend
     )
 
 

@@ -14,7 +14,9 @@ from torch.optim.optimizer import ParamsT
 
 from kfac_triton import arguments, assembly, checkpoint, schedules, tuned
 from kfac_triton.adaptive import AdaptiveStep
-from kfac_triton.approximations import average, eigen, kronecker, tridiagonal
+from kfac_triton.approximations import average, eigen, inverse_free, kronecker, tridiagonal
+from kfac_triton.approximations import temporal as temporal_state
+from kfac_triton.blocks.custom import LayerBlock
 from kfac_triton.capture import Streams
 from kfac_triton.compiled import CompiledStep
 from kfac_triton.curvature import Curvature
@@ -61,11 +63,21 @@ class KFAC(torch.optim.Optimizer):
         mask: (inputs, outputs) -> bool tensor of the loss terms that count, shape of the outputs less the likelihood's
             axis. `inputs` is the model's only argument, the tuple of several, or the dictionary of keyword arguments.
         fisher: "mc": targets sampled from the model. "exact": every output direction (the generalised Gauss-Newton
-            matrix). "empirical": the gradients of your own loss, from modules of type Linear, Conv1d and Conv2d.
+            matrix). "empirical": the gradients of your own loss, from modules of type Linear and Conv1d to Conv3d.
         approximation: "kronecker", block-diagonal. "tridiagonal": neighbours in a chain of linear layers are coupled
-            (section 4.3); more memory and time in `kfac_triton.chain`. "eigen": block-diagonal, damped as a whole in
-            the factors' eigenbases; dearer refreshes and steps, in `kfac_triton.approximations.eigen`.
-        weight_sharing: "expand": a row for every position of a shared weight. "reduce": one for every example.
+            (section 4.3); more memory and time in `kfac_triton.chain`. "eigen": block-diagonal, with the eigenvalues
+            measured in the factors' eigenbases (EKFAC) and damped as a whole; dearer refreshes and steps, in
+            `kfac_triton.approximations.eigen`. "inverse_free": roots of the inverses that follow the statistics by
+            products alone, in bfloat16 under bfloat16 parameters, in `kfac_triton.approximations.inverse_free`.
+        weight_sharing: "expand": a row for every position of a shared weight. "reduce": one for every example. By
+            layer: {pattern of the layers' names, as in `factors()`: one of both}, "expand" for what none fits.
+        temporal: of the weights of RNN, LSTM and GRU. "independent": gradients at different times are uncorrelated.
+            "chain_symmetric", "chain": each depends on the one before (Martens, Ba & Johnson 2018, options 1 and 2);
+            cost in `kfac_triton.approximations.temporal`.
+        spatial: of convolutions. "correlated": second moments of whole patches. "uncorrelated": of single pixels, and
+            different places of a patch share their means alone (Grosse & Martens 2016); cheaper for wide kernels.
+        norm: the block of a norm's scale and shift: "full", or its "diagonal".
+        blocks: {type of module: LayerBlock} for layers of your own that no known function stands for.
         factor_decay: beta of the running averages, min(1 - 1/k, factor_decay) at the k-th update.
         factor_interval, inverse_interval: steps between refreshes. In its first interval the inverse is refreshed at
             steps 1, 2, 4, 8, ... too.
@@ -73,7 +85,7 @@ class KFAC(torch.optim.Optimizer):
             in the k-th update at least 1/k.
         quadratic_fraction: the share of the batch for the adaptive modes' products with the exact Fisher. Less than all
             makes cheaper and less certain steps.
-        max_factor_dim: a wider side of a weight gets a diagonal factor.
+        max_factor_dim: a wider side of a weight gets up to four blocks of that width, and a wider one yet a diagonal.
         kl_clip: bound delta on lr^2 sum <V, grad> / 2, the KL divergence (nats) of one step before momentum; V is
             scaled down to it (Wu et al. 2017, section 3). None: no bound, for which damping must be tuned first. By
             default 1e-3, and None with lr="adaptive", which takes no bound.
@@ -116,7 +128,11 @@ class KFAC(torch.optim.Optimizer):
         mask: Callable[[Any, Tensor], Tensor] | None = None,
         fisher: str = "mc",
         approximation: str = "kronecker",
-        weight_sharing: str = "expand",
+        weight_sharing: str | Mapping[str, str] = "expand",
+        temporal: str = "independent",
+        spatial: str = "correlated",
+        norm: str = "full",
+        blocks: Mapping[type[nn.Module], LayerBlock] | None = None,
         factor_decay: float = 0.95,
         factor_interval: int = 1,
         inverse_interval: int = 10,
@@ -139,6 +155,10 @@ class KFAC(torch.optim.Optimizer):
             fisher=fisher,
             approximation=approximation,
             weight_sharing=weight_sharing,
+            temporal=temporal,
+            spatial=spatial,
+            norm=norm,
+            blocks=dict(blocks) if isinstance(blocks, Mapping) else ({} if blocks is None else blocks),
             factor_fraction=factor_fraction,
             quadratic_fraction=quadratic_fraction,
             max_factor_dim=max_factor_dim,
@@ -154,6 +174,7 @@ class KFAC(torch.optim.Optimizer):
                 initial_damping=initial_damping,
                 kl_clip=kl_clip,
                 likelihood=likelihood,
+                approximation=approximation,
             ),
             "weight_decay": weight_decay,
             "factor_decay": factor_decay,
@@ -401,17 +422,30 @@ class KFAC(torch.optim.Optimizer):
 
         float32, or float64 under a float64 model; the bias is the last row and column of A. torch.kron(G, A) is the
         block of the Fisher of the mean nll, for the weight's rows with the bias as last column. A grouped convolution
-        has a leading axis of groups; a side wider than max_factor_dim is a diagonal (d,).
+        has a leading axis of groups; a diagonal side is its diagonal (d,), one of blocks has zeros between them. Of
+        scales and shifts A is the block, for both behind one another, and G (1, 1); of an embedding or a positional
+        parameter A is for the rows of the table and G for its columns. With approximation="inverse_free" they are
+        worked out from the inverses, which costs two inversions each.
         """
         curvature = self._attached()
-        return {
-            curvature.names[weight].removesuffix(".weight"): {
-                "A": block.layout.in_weight_order(average.settled(self.state[weight], "A"), weight.shape),
-                "G": average.settled(self.state[weight], "G"),
-            }
-            for weight, block in curvature.blocks.items()
-            if self.state[weight]["factor_updates"] > 0
-        }
+        found = {}
+        for weight, block in curvature.blocks.items():
+            state = self.state[weight]
+            if not state["factor_updates"] > 0:
+                continue
+            if "A" in state:
+                A, G = (average.settled(state, name) for name in "AG")
+            else:
+                damping = factored_damping(self._group_of(weight))
+                A, G = (inverse_free.implied(state, name, damping) for name in "AG")
+            shapes = kronecker.shapes(block.layout, weight.shape)
+            A, G = (kronecker.written_out(F, shape) for F, shape in zip((A, G), shapes, strict=True))
+            name = curvature.names[weight].removesuffix(".weight")
+            found[name] = {"A": block.layout.in_weight_order(A, weight.shape), "G": G}
+        return found
+
+    def _group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
 
     def coverage(self) -> dict[str, str]:
         """{parameter name: block name}, "fallback" where AdamW updates it. Before the first step, what is expected."""
@@ -425,24 +459,31 @@ class KFAC(torch.optim.Optimizer):
         """
         curvature = self._attached()
         blocks = curvature.known_blocks(self._parameters())
-        factors = sum(kronecker.memory(weight, block.layout) for weight, block in blocks.items())
+        sizes_of = inverse_free.memory if self._settings.approximation == "inverse_free" else kronecker.memory
+        held = [sizes_of(weight, block.layout) for weight, block in blocks.items()]
         if curvature.observed:
             rows = sum(average.memory_held(self.state[weight]) for weight in blocks)
         else:
-            own_pass = self._settings.fisher != "empirical"
+            own_pass = self._settings.fisher != "empirical" and self._settings.approximation != "inverse_free"
             rows = sum(kronecker.memory_of_rows(weight, block.layout) for weight, block in blocks.items() if own_pass)
         cross, links = 0, 0
         if self._settings.approximation == "eigen":
             links = sum(eigen.memory(weight, block.layout) for weight, block in blocks.items())
         if self._settings.approximation == "tridiagonal":
             cross, links = tridiagonal.memory([(weight, block.layout) for weight, block in blocks.items()])
+        if self._settings.temporal != "independent":
+            symmetric = self._settings.temporal == "chain_symmetric"
+            more = [
+                temporal_state.memory(weight, block.layout, symmetric=symmetric) for weight, block in blocks.items()
+            ]
+            cross, links = (sum(column) for column in zip(*more, strict=True)) if more else (0, 0)
         covered = {*blocks, *(block.bias for block in blocks.values())}
         sizes = {p: p.numel() * p.element_size() for p in self._parameters()}
         moving = [g for g in self.param_groups if g["momentum"] != 0 or g["adaptive_damping"]]
         momentum = {id(p) for g in moving for p in g["params"]}
         usage = {
-            "factors": factors + cross,
-            "inverses": factors + links,
+            "factors": sum(factors for factors, _ in held) + cross,
+            "inverses": sum(inverses for _, inverses in held) + links,
             "momentum": sum(size for p, size in sizes.items() if p in covered and id(p) in momentum),
             "fallback": sum(2 * size for p, size in sizes.items() if p not in covered),
             "rows": rows,

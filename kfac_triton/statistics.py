@@ -1,22 +1,31 @@
 """From uses of a weight to the rows of its factors, for shared weights in either way (Eschenhagen et al. 2023).
 
 expand: every position of every use is a row. reduce: one row an example, a summed and g averaged over its positions.
-With a mask, positions whose loss term does not count and which no gradient reaches are left out.
+With a mask, positions whose loss term does not count and which no gradient reaches are left out. Tables and scales have
+rows of their own in either way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+import fnmatch
+from collections.abc import Container, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_triton import ops
-from kfac_triton.approximations.kronecker import Statistics
-from kfac_triton.blocks.layout import Layout
+from kfac_triton.approximations.kronecker import Statistics, sums_of
+from kfac_triton.arguments import Settings
+from kfac_triton.blocks.conv import ConvUse
+from kfac_triton.blocks.embedding import TableUse
+from kfac_triton.blocks.layout import BLOCKS, DENSE, DIAGONAL, UNCORRELATED, Layout
+from kfac_triton.blocks.norm import ScaleUse
 from kfac_triton.factors import rows_in
 from kfac_triton.fisher import Seen, SeenUse
+from kfac_triton.ops import Rows
 
 
 def joint_biases(
@@ -49,24 +58,60 @@ def joint_biases(
     return joint, refused
 
 
-def block_layout(uses: Iterable[SeenUse], weight: Tensor, bias: bool, max_factor_dim: int) -> Layout | None:
-    """The layout that all uses agree on; None where they differ (a weight used both ways round)."""
+def block_layout(uses: Sequence[SeenUse], weight: Tensor, bias: bool, settings: Settings) -> Layout | None:
+    """The layout that all uses agree on; None where they differ (a weight used both ways round).
+
+    An embedding's table that is a linear weight too is the exception: it is "tied".
+    """
     seen = {(u.recorded.use.operation, u.recorded.use.transposed, u.recorded.use.groups) for u in uses}
+    if seen == {("embedding", True, 1), ("linear", False, 1)}:
+        return layout_of("tied", weight, bias, settings)
     if len(seen) > 1:
         return None
-    return limited(Layout(*seen.pop(), bias=bias), weight, max_factor_dim)
+    operation, transposed, groups = seen.pop()
+    return layout_of(operation, weight, bias, settings, transposed=transposed, groups=groups)
 
 
-def limited(layout: Layout, weight: Tensor, max_factor_dim: int) -> Layout:
-    """The layout with a diagonal on every side wider than `max_factor_dim`."""
-    d_in, d_out = layout.dims(weight.shape)
-    return replace(layout, diagonal_A=d_in > max_factor_dim, diagonal_G=d_out > max_factor_dim)
+def sharing_of(settings: Settings, name: str) -> str:
+    """How the weight of that name is shared; by the first pattern of a mapping that fits, "expand" where none does."""
+    shared = settings.weight_sharing
+    if isinstance(shared, str):
+        return shared
+    layer = name.removesuffix(".weight")
+    return next((value for pattern, value in shared.items() if fnmatch.fnmatchcase(layer, pattern)), "expand")
+
+
+def layout_of(
+    operation: str, weight: Tensor, bias: bool, settings: Settings, *, transposed: bool = False, groups: int = 1
+) -> Layout:
+    """The layout of a weight that is used so, with the forms of its sides that its width and the settings ask for."""
+    layout = Layout(operation, transposed, groups, bias)
+    if layout.table or (operation == "scale" and settings.norm == "diagonal"):
+        layout = replace(layout, A=DIAGONAL)
+    if operation == "conv" and settings.spatial == "uncorrelated" and layout.taps(weight.shape) > 1:
+        layout = replace(layout, A=UNCORRELATED)
+    limited = layout.limited(weight.shape, settings.max_factor_dim)
+    if operation == "tied" or settings.approximation == "inverse_free":
+        limited = replace(limited, A=_plain(limited.A), G=_plain(limited.G), blocks_A=1, blocks_G=1)
+    return limited
+
+
+def _plain(form: str) -> str:
+    return DIAGONAL if form == BLOCKS else form
 
 
 def weight_statistics(
     uses: list[SeenUse], layout: Layout, bias: nn.Parameter | None, terms: float | Tensor, *, reduce: bool, masked: bool
 ) -> Statistics:
     """The rows of one weight; `terms` are the loss terms of all passes together."""
+    if layout.operation == "scale":
+        return _of_scales(uses, layout, bias, terms)
+    if layout.table:
+        return _of_tables(uses, layout, terms, masked)
+    if layout.operation == "tied":
+        return _tied(uses, layout, bias, terms, masked)
+    if layout.A == UNCORRELATED:
+        return _of_pixels(uses, layout, bias, terms)
     if reduce:
         return _reduced(uses, layout, bias, terms, masked)
     if not masked and (not layout.bias or all(seen.recorded.use.bias is not None for seen in uses)):
@@ -83,16 +128,96 @@ def weight_statistics(
         columns.append(_homogeneous(seen, rows, counts))
     if layout.bias:
         a = [torch.cat([rows, column.unsqueeze(-1)], dim=-1) for rows, column in zip(a, columns, strict=True)]
-    return Statistics(layout, bias, [*a], g, terms, count, ones=False)
+    examples = [
+        _examples(seen, len(rows[0]) if rows.dim() > 2 else len(rows)) for seen, rows in zip(uses, a, strict=True)
+    ]
+    return Statistics(layout, bias, [*a], g, terms, count, ones=False, examples=examples, uses=uses)
+
+
+def _examples(seen: SeenUse, rows: int) -> int:
+    """How many examples the rows of a use belong to, those of one together; 0 where they are not told apart."""
+    use = seen.recorded.use
+    if use.operation in ("linear", "recurrent") and not use.batch_axis and len(use.x) != seen.examples:
+        return 0
+    return seen.examples if seen.examples and rows % seen.examples == 0 else 0
+
+
+def _of_scales(uses: list[SeenUse], layout: Layout, bias: nn.Parameter | None, terms: float | Tensor) -> Statistics:
+    """One row for every example: its gradient, summed over the calls of one pass."""
+    gradients: dict[tuple[int, int, int], Tensor] = {}
+    for seen in uses:
+        use = cast(ScaleUse, seen.recorded.use)
+        for i, dy in enumerate(seen.dys):
+            own = use.gradients(dy.reshape(seen.recorded.shape), seen.examples, layout.bias)
+            key = (seen.batch, i, len(own))
+            gradients[key] = gradients[key] + own if key in gradients else own
+    first = {(batch, rows): own for (batch, direction, rows), own in gradients.items() if direction == 0}
+    ones = [own.new_ones(rows, 1) for (_, rows), own in first.items()]
+    return Statistics(layout, bias, [*gradients.values()], ones, terms, sum(len(g) for g in ones), ones=False)
+
+
+def _of_tables(uses: list[SeenUse], layout: Layout, terms: float | Tensor, masked: bool) -> Statistics:
+    """One row for every row that was picked, but for those without a gradient; they are one-hot."""
+    a: list[Rows] = []
+    g: list[Tensor] = []
+    count: float | Tensor = 0
+    for seen in uses:
+        use = cast(TableUse, seen.recorded.use)
+        gradients = [seen.recorded.g(dy) for dy in seen.dys]
+        kept = use.kept()
+        if masked:
+            reached = _reached(gradients, seen.counted)
+            kept = reached if kept is None else kept & reached
+        a.append(use.one_hot(None if kept is None else kept.to(torch.float32)))
+        g += gradients if kept is None else [own * kept.unsqueeze(-1).to(own.dtype) for own in gradients]
+        count = count + (len(gradients[0]) if kept is None else kept.sum())
+    return Statistics(layout, None, a, g, terms, count, ones=False)
+
+
+def _tied(
+    uses: list[SeenUse], layout: Layout, bias: nn.Parameter | None, terms: float | Tensor, masked: bool
+) -> Statistics:
+    """One product for a table that is embedding and last layer, F = G_l (x) A_l + diag(counts / L) (x) G_e.
+
+    As factored damping does (Martens & Grosse 2015, section 6.3), (G_l + diag(counts / L) / pi) (x) (A_l + pi G_e)
+    stands for the sum, with the pi that makes the bound on what it adds smallest,
+    pi^2 = tr A_l tr diag(counts / L) / (tr G_l tr G_e). What it adds is positive semi-definite.
+    """
+    linear = [seen for seen in uses if seen.recorded.use.operation == "linear"]
+    picked = [seen for seen in uses if seen.recorded.use.operation == "embedding"]
+    wide = replace(layout, operation="linear")
+    of_linear = weight_statistics(linear, wide, bias, terms, reduce=False, masked=masked)
+    of_table = _of_tables(picked, Layout("embedding", True, A=DIAGONAL, G=layout.A), terms, masked)
+    weight = uses[0].recorded.use.weight.parameter
+    A, G = sums_of(of_linear, weight)
+    counts, G_table = sums_of(of_table, weight)
+    if layout.bias:
+        G_table = F.pad(G_table, (0, 1) if layout.A == DIAGONAL else (0, 1, 0, 1))
+    traces = [(t if t.dim() == 1 else t.diagonal()).sum() for t in (A, counts, G, G_table)]
+    usable = torch.stack(traces).min() > 0
+    pi = torch.where(usable, (traces[0] * traces[1] / (traces[2] * traces[3])).sqrt(), 1.0)
+    G_all = G + (counts / pi if layout.G == DIAGONAL else torch.diag(counts / pi))
+    return Statistics(layout, bias, [], [], 1.0, 1.0, ones=False, sums=(A + pi * G_table, G_all))
+
+
+def _of_pixels(uses: list[SeenUse], layout: Layout, bias: nn.Parameter | None, terms: float | Tensor) -> Statistics:
+    """A from single pixels, G as ever."""
+    a: list[Rows] = [cast(ConvUse, seen.recorded.use).pixels() for seen in uses]
+    g = [[seen.recorded.g(dy) for dy in seen.dys] for seen in uses]
+    rows = sum(own[0].shape[-2] for own in g)
+    return Statistics(layout, bias, a, [one for own in g for one in own], terms, rows, ones=False)
 
 
 def _whole(uses: list[SeenUse], layout: Layout, bias: nn.Parameter | None, terms: float | Tensor) -> Statistics:
     """Every row counts, and all have the homogeneous coordinate 1 if one has: rows can stay as they lie in memory."""
     axes = 3 if layout.groups > 1 else 2
     kernels = ops.fuses(uses[0].recorded.use.x.device)
-    a = [seen.recorded.use.a() if layout.diagonal_A else seen.recorded.use.a_unwritten() for seen in uses]
+    dense = layout.A == DENSE
+    a = [seen.recorded.use.a_unwritten() if dense else seen.recorded.use.a() for seen in uses]
     g = [seen.recorded.g_by_images(dy) if kernels else seen.recorded.g(dy) for seen in uses for dy in seen.dys]
-    return Statistics(layout, bias, a, g, terms, sum(rows_in(rows, axes) for rows in a), ones=layout.bias)
+    counts = [rows_in(rows, axes) for rows in a]
+    examples = [_examples(seen, count) for seen, count in zip(uses, counts, strict=True)]
+    return Statistics(layout, bias, a, g, terms, sum(counts), ones=layout.bias, examples=examples, uses=uses)
 
 
 def _homogeneous(seen: SeenUse, rows: Tensor, counts: Tensor | None) -> Tensor:
@@ -147,7 +272,9 @@ def _summed(seen: SeenUse, bias: bool, masked: bool) -> tuple[Tensor, list[Tenso
 def _per_example(rows: Tensor, seen: SeenUse) -> Tensor:
     """Rows (..., N * positions, d) as (..., N, positions, d)."""
     use = seen.recorded.use
-    misplaced = use.operation == "linear" and use.x.dim() > 2 and use.x.shape[use.batch_axis] != seen.examples
+    misplaced = (
+        use.operation in ("linear", "recurrent") and use.x.dim() > 2 and use.x.shape[use.batch_axis] != seen.examples
+    )
     if misplaced or rows.shape[-2] % seen.examples:
         raise ValueError(
             f"weight_sharing='reduce' needs the examples on the first axis of a layer's input: "

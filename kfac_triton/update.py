@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_triton import chain, ops
-from kfac_triton.blocks.layout import Layout
+from kfac_triton import chain, ops, temporal_chain
+from kfac_triton.blocks.layout import BLOCKS, DIAGONAL, Layout
 from kfac_triton.chain import Link
+from kfac_triton.temporal_chain import Transform
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 
@@ -30,13 +31,24 @@ Scalar = float | Tensor
 @dataclass(frozen=True)
 class LayerPlan:
     """One block: `group` and `bias_group` index the hyper-parameters; the bias may have no gradient. `in_bases`: it has
-    eigenbases in the place of inverses."""
+    eigenbases in the place of inverses; `in_time`: a transform for a chain of times."""
 
     layout: Layout
     group: int
     bias_group: int
     bias_has_grad: bool
     in_bases: bool = False
+    in_time: bool = False
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a side has several dense blocks, which no operator multiplies with."""
+        return not self.in_time and BLOCKS in (self.layout.A, self.layout.G)
+
+    @property
+    def factored(self) -> bool:
+        """Whether it is a product with two inverses."""
+        return not (self.in_bases or self.in_time or self.in_blocks)
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,8 @@ class Hyper:
 @dataclass
 class Blocks:
     """Tensors of the blocks, by layer; an absent bias (or its momentum) is an empty tensor. Of a layer in eigenbases,
-    A_inv and G_inv are Q_A and Q_G; of any other, its lambdas and damping are empty."""
+    A_inv and G_inv are Q_A and Q_G; of any other, its spectrum and damping are empty. `transforms`: of the layers in
+    time alone."""
 
     weights: list[Tensor] = field(default_factory=list)
     weight_grads: list[Tensor] = field(default_factory=list)
@@ -83,9 +96,9 @@ class Blocks:
     bias_buffers: list[Tensor] = field(default_factory=list)
     A_inv: list[Tensor] = field(default_factory=list)
     G_inv: list[Tensor] = field(default_factory=list)
-    lambda_A: list[Tensor] = field(default_factory=list)
-    lambda_G: list[Tensor] = field(default_factory=list)
+    spectra: list[Tensor] = field(default_factory=list)
     dampings: list[Tensor] = field(default_factory=list)
+    transforms: list[Transform] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
 
 
@@ -112,7 +125,7 @@ def step_(plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
 
 def _plain_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
     grads, V = precondition(plan, hyper, blocks)
-    nu = _trust_region(plan, hyper, _dots(plan, V, grads)) if plan.trust_region else None
+    nu = _trust_region(plan, hyper, _dots(plan, V, grads, blocks.weights)) if plan.trust_region else None
     for i, layer in enumerate(plan.layers):
         V_weight, V_bias = layer.layout.split(V[i], blocks.weights[i].shape)
         scale = None if nu is None else nu[layer.group]
@@ -124,13 +137,17 @@ def _plain_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
 def _fused_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
     if not plan.layers:
         return
-    apart = plan.chain or any(layer.in_bases for layer in plan.layers)  # what kron_matmul_ does not end in <V, grad>
+    apart = plan.chain or not all(
+        layer.factored for layer in plan.layers
+    )  # what kron_matmul_ does not end in <V, grad>
     dots = blocks.A_inv[0].new_empty(len(plan.layers), 2) if plan.trust_region and not apart else None
     grads, V = precondition(plan, hyper, blocks, dots)
     one = torch.ones_like(hyper.unscale, dtype=torch.float32)
     nu = [one] * len(hyper.lr)
     if plan.trust_region:
-        pairs = _dots(plan, V, grads) if dots is None else [tuple(pair.unbind()) for pair in dots.unbind()]
+        pairs = (
+            _dots(plan, V, grads, blocks.weights) if dots is None else [tuple(pair.unbind()) for pair in dots.unbind()]
+        )
         nu = _trust_region(plan, hyper, pairs)
     W, buffers, moves, groups, scales = [], [], [], [], []
     for i, layer in enumerate(plan.layers):
@@ -164,19 +181,41 @@ def precondition(
         return grads, chain.product(grads, blocks.links, blocks.A_inv[-1], blocks.G_inv[-1])
     shapes = [grad.shape for grad in grads]
     if plan.fused:
-        grads = [_widened(grad, *sides) for grad, *sides in zip(grads, blocks.G_inv, blocks.A_inv, strict=True)]
+        sides = zip(plan.layers, grads, blocks.G_inv, blocks.A_inv, strict=True)
+        grads = [grad if layer.in_blocks else _widened(grad, G, A) for layer, grad, G, A in sides]
     V = [_aligned_like(grad) for grad in grads]
-    splits = [shape[-1] - int(layer.layout.bias) for shape, layer in zip(shapes, plan.layers, strict=True)]
-    factored = [i for i, layer in enumerate(plan.layers) if not layer.in_bases]
+    bias_columns = [layer.layout.bias_columns(W.shape) for layer, W in zip(plan.layers, blocks.weights, strict=True)]
+    splits = [shape[-1] - columns for shape, columns in zip(shapes, bias_columns, strict=True)]
+    factored = [i for i, layer in enumerate(plan.layers) if layer.factored]
     if factored:
         lists = [[ts[i] for i in factored] for ts in (V, blocks.G_inv, grads, blocks.A_inv)]
         ops.kron_matmul_(*lists, bf16=plan.bf16, dots=dots, splits=[splits[i] for i in factored])
     in_bases = [i for i, layer in enumerate(plan.layers) if layer.in_bases]
     if in_bases:
-        spectra = (blocks.lambda_G, blocks.lambda_A, blocks.dampings)
-        ops.eigen_scale_(*([ts[i] for i in in_bases] for ts in (V, blocks.G_inv, grads, blocks.A_inv, *spectra)))
+        lists = [V, blocks.G_inv, grads, blocks.A_inv, blocks.spectra, blocks.dampings]
+        ops.eigen_scale_(*([ts[i] for i in in_bases] for ts in lists))
+    in_time = (i for i, layer in enumerate(plan.layers) if layer.in_time)
+    for i, transform in zip(in_time, blocks.transforms, strict=True):
+        d_out, d_in = shapes[i][-2:]
+        V[i][..., :d_out, :d_in] = temporal_chain.product(grads[i][..., :d_out, :d_in], transform)
+    for i, layer in enumerate(plan.layers):
+        if layer.in_blocks:
+            U = _side_product(blocks.G_inv[i], grads[i], layer.layout.G)
+            V[i].copy_(_side_product(blocks.A_inv[i], U.mT, layer.layout.A).mT)
     cut = [[t[..., : shape[-2], : shape[-1]] for t, shape in zip(ts, shapes, strict=True)] for ts in (grads, V)]
     return (cut[0], cut[1]) if plan.fused else (grads, V)
+
+
+def _side_product(F_inv: Tensor, M: Tensor, form: str) -> Tensor:
+    """F_inv M for a matrix M (d, n)."""
+    if form == DIAGONAL:
+        return F_inv.unsqueeze(-1) * M
+    if form != BLOCKS:
+        return F_inv @ M
+    b, w = F_inv.shape[:2]
+    by_block = F.pad(M, (0, 0, 0, b * w - len(M))).unflatten(0, (b, w))
+    product: Tensor = (F_inv @ by_block).flatten(0, 1)
+    return product[: len(M)]
 
 
 def _widened(grad: Tensor, G_inv: Tensor, A_inv: Tensor) -> Tensor:
@@ -214,13 +253,14 @@ def _aligned_like(grad: Tensor) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], ops.padded_width(width))[..., :width]
 
 
-def _dots(plan: Plan, V: list[Tensor], grads: list[Tensor]) -> list[tuple[Tensor, ...]]:
+def _dots(plan: Plan, V: list[Tensor], grads: list[Tensor], weights: list[Tensor]) -> list[tuple[Tensor, ...]]:
     """<V, grad> of every layer: one number, or two where the bias has a learning rate of its own, its last."""
     found: list[tuple[Tensor, ...]] = []
-    for layer, v, grad in zip(plan.layers, V, grads, strict=True):
+    for layer, v, grad, W in zip(plan.layers, V, grads, weights, strict=True):
         product = v * grad
         if layer.layout.bias and layer.bias_group != layer.group:
-            found.append((product[..., :-1].sum(), product[..., -1].sum()))
+            at = product.shape[-1] - layer.layout.bias_columns(W.shape)
+            found.append((product[..., :at].sum(), product[..., at:].sum()))
         else:
             found.append((product.sum(),))
     return found

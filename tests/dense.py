@@ -123,7 +123,8 @@ def fisher_block(
 
     chosen = {name: parameters[name] for name in (weight, bias) if name is not None}
     jacobians = jacrev(outputs)(chosen)
-    J = jacobians[weight].flatten(3)  # (L, C, d_out, d_in)
+    J = jacobians[weight]
+    J = J.flatten(3) if J.dim() > 3 else J  # (L, C, d_out, d_in), or of a vector (L, C, d)
     if bias is not None:
         J = torch.cat([J, jacobians[bias].unsqueeze(-1)], dim=-1)
     J = J.flatten(2)

@@ -32,7 +32,8 @@ def make(d_out: int, d_in: int, damping: float = 0.125, batch=(), dtype=torch.fl
     )
     fisher += damping * torch.eye(d_in * d_out, dtype=torch.float64)
     E = torch.linalg.solve(fisher, V.reshape(len(fisher), -1, 1)).view(V.shape)
-    tensors = [torch.full_like(V, torch.nan), Q_G, V, Q_A, lambda_G, lambda_A, torch.tensor(damping).double()]
+    S = lambda_G.unsqueeze(-1) * lambda_A.unsqueeze(-2)
+    tensors = [torch.full_like(V, torch.nan), Q_G, V, Q_A, S, torch.tensor(damping).double()]
     return eigen_scale.Layer(*(t.to(device, dtype) for t in tensors)), E
 
 
@@ -55,6 +56,15 @@ def test_against_the_dense_inverse(apply, size, batch):
     layer, E = make(*size, batch=batch)
     apply(layer)
     check(layer, E)
+
+
+def test_eigenvalues_of_any_kind(apply):
+    """S need not be an outer product."""
+    layer, _ = make(20, 35)
+    S = torch.rand(20, 35) * 3
+    apply(layer._replace(S=S))
+    Q_G, V, Q_A = (t.double() for t in layer[1:4])
+    check(layer, Q_G @ ((Q_G.mT @ V @ Q_A) / (S.double() + 0.125)) @ Q_A.mT)
 
 
 def test_float64():
@@ -96,11 +106,11 @@ def test_program_order_does_not_matter(program_order):
 
 
 def test_nothing_beyond_the_arguments_is_read_or_written(apply):
-    """NaN around every matrix and vector."""
+    """NaN around every matrix."""
     layer, E = make(20, 35)
-    around = [torch.full((60, 60) if t.ndim == 2 else (60,), torch.nan) for t in layer[:6]]
+    around = [torch.full((60, 60), torch.nan) for _ in layer[:5]]
     inside = []
-    for memory, t in zip(around, layer[:6], strict=True):
+    for memory, t in zip(around, layer[:5], strict=True):
         view = memory[tuple(slice(9, 9 + size) for size in t.shape)]
         inside.append(view.copy_(t))
     layer = eigen_scale.Layer(*inside, layer.damping)
@@ -111,7 +121,7 @@ def test_nothing_beyond_the_arguments_is_read_or_written(apply):
 
 
 def test_an_empty_layer(apply):
-    layer = eigen_scale.Layer(*(torch.empty(s) for s in ((0, 5), (0, 0), (0, 5), (5, 5), (0,), (5,), ())))
+    layer = eigen_scale.Layer(*(torch.empty(s) for s in ((0, 5), (0, 0), (0, 5), (5, 5), (0, 5), ())))
     apply(layer)
     assert layer.out.shape == (0, 5)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from kfac_triton import KFAC, factors
 from kfac_triton.approximations import kronecker
+from kfac_triton.blocks import layout
 from kfac_triton.blocks.layout import Layout
 
 F64 = torch.float64
@@ -166,7 +167,8 @@ def test_diagonal_sides_are_dense_ones_without_off_diagonals(sides, damping):
 @pytest.mark.parametrize(
     ("bias", "limit", "cut"), [(True, 7, ""), (True, 6, "A"), (False, 6, ""), (True, 3, "A"), (True, 2, "AG")]
 )
-def test_a_side_wider_than_max_factor_dim_keeps_its_diagonal(bias, limit, cut):
+def test_a_side_far_wider_than_max_factor_dim_keeps_its_diagonal(bias, limit, cut, monkeypatch):
+    monkeypatch.setattr(layout, "MOST_BLOCKS", 1)
     model, batches = (
         dense.random_model(nn.Linear(6, 3, bias=bias), nn.Tanh()),
         [dense.randn(8, 6, seed=s) for s in (1, 2)],
@@ -179,7 +181,8 @@ def test_a_side_wider_than_max_factor_dim_keeps_its_diagonal(bias, limit, cut):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_wide_convolution_keeps_diagonals(groups):
+def test_a_wide_convolution_keeps_diagonals(groups, monkeypatch):
+    monkeypatch.setattr(layout, "MOST_BLOCKS", 1)
     conv = nn.Conv2d(4, 4, 3, groups=groups)
     model, x = dense.random_model(conv, nn.Tanh(), nn.Flatten()), dense.randn(3, 4, 4, 4)
     full, limited = (dense.kfac_factors(model, x, max_factor_dim=m)["0"] for m in (8192, 10))
@@ -446,17 +449,17 @@ def test_an_indefinite_factor_ends_without_inverses():
 
 
 def test_without_new_inverses_the_last_ones_stay():
-    weight, layout = nn.Parameter(torch.zeros(3, 4)), Layout("linear")
+    weight, plain = nn.Parameter(torch.zeros(3, 4)), Layout("linear")
     state = {}
-    kronecker.initialise(state, weight, layout, -1)
-    assert kronecker.update_inverses([kronecker.Refresh(state, layout, 0.1)]) == [True]
+    kronecker.initialise(state, weight, plain, -1)
+    assert kronecker.update_inverses([kronecker.Refresh(state, plain, 0.1, weight.shape)]) == [True]
     assert "A_inv" not in state  # no data yet
     state["A"].copy_(spd(4, 1))
     state["G"].copy_(spd(3, 2))
     state["factor_updates"] += 1
-    assert kronecker.update_inverses([kronecker.Refresh(state, layout, 0.1)]) == [True]
+    assert kronecker.update_inverses([kronecker.Refresh(state, plain, 0.1, weight.shape)]) == [True]
     kept = state["A_inv"].clone(), state["G_inv"].clone()
     state["A"].fill_(math.nan)
-    assert kronecker.update_inverses([kronecker.Refresh(state, layout, 0.1)]) == [False]
+    assert kronecker.update_inverses([kronecker.Refresh(state, plain, 0.1, weight.shape)]) == [False]
     assert torch.equal(state["A_inv"], kept[0])
     assert torch.equal(state["G_inv"], kept[1])

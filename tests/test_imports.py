@@ -20,12 +20,13 @@ ROOT = Path(kfac_triton.__file__).parent
 # then of the optimizer, then of the tools around it.
 LEVELS = [
     {"kernels", "version", "likelihoods", "distributed", "schedules", "averaging", "batching", "initialisation"}
-    | {"arguments"},
+    | {"arguments", "uncorrelated"},
     {"ops", "damping", "tuned"},
     {"blocks", "factors", "chain"},
+    {"temporal_chain"},
     {"update", "capture"},
     {"approximations", "fisher", "compiled"},
-    {"statistics", "quadratic", "objective", "loss_scale"},
+    {"statistics", "expected", "quadratic", "objective", "loss_scale"},
     {"empirical", "curvature"},
     {"assembly", "checkpoint"},
     {"proposal"},

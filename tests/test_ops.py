@@ -52,7 +52,7 @@ def arguments_of(name: str) -> tuple:
         return [torch.eye(13)], [torch.randn(2, 2, 5, 6)], [scalar(0.3)], [scalar(0.7)], [True], window
     if name == "eigen_scale_":
         out, V = [torch.zeros(3, 4)], [torch.randn(3, 4)]
-        return out, [torch.eye(3)], V, [torch.eye(4)], [torch.ones(3)], [torch.ones(4)], [scalar()]
+        return out, [torch.eye(3)], V, [torch.eye(4)], [torch.ones(3, 4)], [scalar()]
     if name == "fused_update_":
         W, buffer, V = (torch.randn(3, 2, 4) for _ in range(3))
         return [W], [buffer], [V], [scalar()], [scalar()], [scalar()], [scalar()]
@@ -183,7 +183,7 @@ def update(W=W, buffer=(), V=W, lr=None):
 
 def eigen(**changed):
     given = {"out": V34, "Q_G": torch.zeros(3, 3), "V": V34.clone(), "Q_A": torch.zeros(4, 4)}
-    given |= {"lambda_G": torch.ones(3), "lambda_A": torch.ones(4), "damping": scalar()} | changed
+    given |= {"S": torch.ones(3, 4), "damping": scalar()} | changed
     return lambda: ops.eigen_scale_(*([value] for value in given.values()))
 
 
@@ -200,7 +200,7 @@ OTHER_MISTAKES = {
         [V34], [torch.zeros(3, 3)], [V34.clone()], [torch.zeros(4, 4)], splits=[1, 2]
     ),
     "Q_A[0] has shape (4,); allowed: (4, 4)": eigen(Q_A=torch.zeros(4)),
-    "lambda_G[0] has shape (4,); allowed: (3,)": eigen(lambda_G=torch.ones(4)),
+    "S[0] has shape (4,); allowed: (3, 4)": eigen(S=torch.ones(4)),
     "damping[0] is 0.5; allowed: a 0-d tensor on cpu": eigen(damping=0.5),
     "W[0] has shape (3, 4); allowed: (rows, taps, channels)": update(V34, V=V34),
     "V[0] has shape (3, 1, 5); allowed: (3, 1, 4)": update(V=torch.zeros(3, 1, 5)),
@@ -224,7 +224,7 @@ def test_nothing_to_do():
     ops.syrk_([], [], [], [])
     ops.conv_syrk_([], [], [], [])
     ops.kron_matmul_([], [], [], [])
-    ops.eigen_scale_([], [], [], [], [], [], [])
+    ops.eigen_scale_([], [], [], [], [], [])
     ops.fused_update_([], [], [], [], [], [], [])
     ops.newton_schulz_([], [], torch.zeros(0))
 

@@ -118,8 +118,8 @@ def test_loading_replaces_whatever_was_there(used):
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     assert_same(tracked(model, optimizer), checkpoint)
-    assert set(optimizer.factors()) == {"1", "6", "8"}
-    assert optimizer.coverage()["1.weight"] == "conv" and optimizer.coverage()["3.weight"] == "fallback"
+    assert set(optimizer.factors()) == {"1", "3", "6", "8"}
+    assert optimizer.coverage()["1.weight"] == "conv" and optimizer.coverage()["3.weight"] == "scale"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -170,7 +170,7 @@ def test_a_state_dict_holds_tensors_and_plain_numbers():
     assert kinds <= {Tensor, int, float, type(None), bool}
     assert all(isinstance(key, nn.Parameter) for key in optimizer.state)
     inverses = [name for entry in state["state"].values() for name in entry if name.endswith("_inv")]
-    assert len(inverses) == 6
+    assert len(inverses) == 8
 
 
 def test_a_state_of_named_parameters():

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kfac_triton import KFAC, assembly
+from kfac_triton.blocks import layout
 from kfac_triton.update import step_
 
 # Layers of the model below, by the names of their parameters; widths all differ.
@@ -247,8 +248,9 @@ def test_a_frozen_part_stays_and_the_rest_moves(fixed):
 
 
 @pytest.mark.parametrize(("max_factor_dim", "diagonal"), [(5, "A"), (4, "AG")])
-def test_diagonal_sides_precondition_as_diagonal_matrices(max_factor_dim, diagonal):
+def test_diagonal_sides_precondition_as_diagonal_matrices(max_factor_dim, diagonal, monkeypatch):
     """Linear(5, 5) with a bias: A has 6 rows, G 5."""
+    monkeypatch.setattr(layout, "MOST_BLOCKS", 1)
     model, x = dense.random_model(nn.Linear(5, 5), nn.Tanh()), dense.randn(12, 5)
     before = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach()
     options = {**OPTIONS, "max_factor_dim": max_factor_dim}
@@ -366,7 +368,7 @@ def test_a_model_without_any_block_is_trained_by_adamw_alone():
             self.scale, self.shift = nn.Parameter(torch.ones(5)), nn.Parameter(torch.tensor(0.5))
 
         def forward(self, x):
-            return x * self.scale + torch.sin(self.shift) * x.flip(1)
+            return x * torch.cos(self.scale) + torch.sin(self.shift) * x.flip(1)
 
     _, x, _ = scaled()
     adamw_beside(Scale().double(), x, torch.arange(12) % 5, {"lr": 0.03, "weight_decay": 0.0}, lr=0.3, kl_clip=1e-2)

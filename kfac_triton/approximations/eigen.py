@@ -1,29 +1,38 @@
-"""Block-diagonal Fisher, damped as a whole: (G_i (x) A_i + damping I)^-1 in the eigenbases of the factors.
+"""Eigenvalue-corrected Kronecker factors, EKFAC (George et al. 2018), damped as a whole.
 
-The Kronecker form of the inverse damps each factor, (A + pi gamma I) (x) (G + gamma / pi I), and so adds terms beyond
-damping I; in the eigenbases A = Q_A diag(lambda_A) Q_A^T and G = Q_G diag(lambda_G) Q_G^T nothing is added (George et
-al. 2018 start here, with eigenvalues measured anew, which these are not):
+The factors give the eigenbases, A = Q_A diag(.) Q_A^T and G = Q_G diag(.) Q_G^T; the eigenvalues in that basis are
+measured, as the second moments of the examples' gradients there, which no other diagonal brings nearer to the Fisher:
 
-    V = Q_G [(Q_G^T grad Q_A) / (lambda_G lambda_A^T + damping)] Q_A^T
+    F ~ (Q_G (x) Q_A) diag(S) (Q_G (x) Q_A)^T,    S_ij = sum over examples n of (Q_G^T grad_n Q_A)_ij^2 / L
+    V = Q_G [(Q_G^T grad Q_A) / (S + damping)] Q_A^T
 
-In the state of a weight: `Q_A`, `Q_G`, `lambda_A`, `lambda_G` and `eigen_damping` (0-d), refreshed when inverses are.
-A refresh takes some 20 d^3 operations for each side, where a Cholesky inverse takes d^3, and a step four products
-instead of two. A weight with a diagonal side keeps the Kronecker form.
+with grad_n the sum of g a^T over the positions of one example. S is a running average by the rule of the factors,
+refreshed with every factor update, the bases when inverses are; new bases take S along, as the diagonal that the last
+form of F has in them, (R_G o R_G) S (R_A o R_A)^T with R = Q_new^T Q_old. Until there are examples to measure with (an
+empirical Fisher's sums have none), S is the product of the factors' eigenvalues.
+
+In the state of a weight: `Q_A`, `Q_G`, `spectrum` S (d_out, d_in), `spectrum_updates` (0-d) and `eigen_damping` (0-d).
+A refresh of the bases takes some 20 d^3 operations for each side, where a Cholesky inverse takes d^3, one of S as many
+as the gradient of the weight on as many examples, and a step four products instead of two. A weight with a side that is
+not dense keeps the Kronecker form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kfac_triton import factors
 from kfac_triton.approximations import kronecker
-from kfac_triton.approximations.kronecker import Refresh
-from kfac_triton.blocks.layout import Layout
+from kfac_triton.approximations.kronecker import FactorUpdate, Refresh, Statistics
+from kfac_triton.blocks.layout import DENSE, Layout
+from kfac_triton.ops import OneHot, Patches
 
-NAMES = ("Q_A", "Q_G", "lambda_A", "lambda_G", "eigen_damping")
+NAMES = ("Q_A", "Q_G", "spectrum", "spectrum_updates", "eigen_damping")
+AT_ONCE = 2**24  # entries of examples' gradients that are held at a time
 
 
 def update_bases(refreshes: Sequence[Refresh]) -> list[bool]:
@@ -34,19 +43,28 @@ def update_bases(refreshes: Sequence[Refresh]) -> list[bool]:
 
 
 def _update(refresh: Refresh) -> bool:
-    state, layout, damping = refresh
-    if layout.diagonal_A or layout.diagonal_G:
+    state = refresh.state
+    if not _in_bases(refresh.layout):
         return kronecker.update_inverses([refresh])[0]
     if not state["factor_updates"] > 0:
         return True
-    bases = [_basis(state[name]) for name in "AG"]
-    if any(basis is None for basis in bases):
+    found = [_basis(state[name]) for name in "AG"]
+    if any(basis is None for basis in found):
         return False
-    for name, basis in zip("AG", bases, strict=True):
-        assert basis is not None
-        state[f"lambda_{name}"], state[f"Q_{name}"] = basis
-    state["eigen_damping"] = torch.as_tensor(damping, dtype=state["A"].dtype, device=state["A"].device).clone()
+    (lambda_A, Q_A), (lambda_G, Q_G) = (basis for basis in found if basis is not None)
+    if float(state.get("spectrum_updates", 0)) > 0:
+        R_A, R_G = Q_A.mT @ state["Q_A"], Q_G.mT @ state["Q_G"]
+        state["spectrum"] = R_G.square() @ state["spectrum"] @ R_A.square().mT
+    else:
+        state["spectrum"] = lambda_G.unsqueeze(-1) * lambda_A.unsqueeze(-2)
+        state["spectrum_updates"] = torch.zeros((), dtype=torch.float32, device=Q_A.device)
+    state["Q_A"], state["Q_G"] = Q_A, Q_G
+    state["eigen_damping"] = torch.as_tensor(refresh.damping, dtype=Q_A.dtype, device=Q_A.device).clone()
     return True
+
+
+def _in_bases(layout: Layout) -> bool:
+    return layout.A == layout.G == DENSE
 
 
 def _basis(F: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -60,11 +78,57 @@ def _basis(F: Tensor) -> tuple[Tensor, Tensor] | None:
     return values.clamp(min=0.0), vectors.contiguous()
 
 
+def correct(updates: Sequence[FactorUpdate]) -> None:
+    """Moves the eigenvalues S of many weights towards what their statistics measure in the bases as they are."""
+    for state, own, decay, ok in updates:
+        if "Q_A" not in state or own.sums is not None:
+            continue
+        measured = second_moments(own, state["Q_A"], state["Q_G"])
+        k = state["spectrum_updates"]
+        k += ok
+        beta, share = factors.average_weights(k.to(measured.dtype), decay, ok)
+        averaged = beta * state["spectrum"] + share * measured
+        state["spectrum"] = torch.where(ok, averaged, state["spectrum"])
+
+
+def second_moments(own: Statistics, Q_A: Tensor, Q_G: Tensor) -> Tensor:
+    """S (d_out, d_in), or with an axis of groups, of these statistics alone."""
+    total = Q_G.new_zeros(*Q_G.shape[:-1], Q_A.shape[-1])
+    for a, g, examples in _pairs(own, Q_A, Q_G):
+        if a.shape[-2] == examples:
+            total += g.square().mT @ a.square()
+            continue
+        by_example = [t.unflatten(-2, (examples, -1)) for t in (a, g)]
+        for first in range(0, examples, max(1, AT_ONCE // total.numel())):
+            part = slice(first, first + max(1, AT_ONCE // total.numel()))
+            gradients = by_example[1][..., part, :, :].mT @ by_example[0][..., part, :, :]
+            total += gradients.square().sum(dim=-3)
+    return total / kronecker.tensor_of(own.terms, total).clamp(min=1)
+
+
+def _pairs(own: Statistics, Q_A: Tensor, Q_G: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Rows of inputs and gradients in the bases, (n, d_in) and (n, d_out), and how many examples they belong to."""
+    directions = len(own.g) // len(own.a)
+    for i, rows in enumerate(own.a):
+        assert not isinstance(rows, OneHot), "tables have no bases"
+        a = (rows.rows() if isinstance(rows, Patches) else rows).to(Q_A.dtype)
+        a = a.flatten(-3, -2) if a.dim() > Q_A.dim() else a
+        if own.ones:
+            a = torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
+        a = a @ Q_A
+        for g in own.g[i * directions : (i + 1) * directions]:
+            g = g.flatten(-3, -2) if g.dim() > Q_G.dim() else g
+            yield a, g.to(Q_G.dtype) @ Q_G, (own.examples[i] if own.examples else 0) or a.shape[-2]
+
+
 def memory(weight: Tensor, layout: Layout) -> int:
     """Bytes of the eigenvalues; the eigenvectors take as many as the factors."""
-    if layout.diagonal_A or layout.diagonal_G:
-        return 0
-    return int(kronecker.factor_dtype(weight).itemsize) * layout.groups * sum(layout.dims(weight.shape))
+    return int(kronecker.factor_dtype(weight).itemsize) * _size(weight, layout) if _in_bases(layout) else 0
+
+
+def _size(weight: Tensor, layout: Layout) -> int:
+    d_in, d_out = layout.dims(weight.shape)
+    return layout.groups * d_in * d_out
 
 
 def stored(state: dict[str, Any]) -> bool:

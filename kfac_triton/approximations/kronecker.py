@@ -5,17 +5,20 @@ The functions here work on the state of one weight, a plain dictionary of tensor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_triton import factors, ops
+from kfac_triton import factors, ops, uncorrelated
 from kfac_triton.approximations import average
 from kfac_triton.approximations.average import Update
-from kfac_triton.blocks.layout import Layout
+from kfac_triton.blocks.layout import BLOCKS, DENSE, DIAGONAL, FORMS, OPERATIONS, UNCORRELATED, Layout
+from kfac_triton.factors import Accumulation, Shape
+from kfac_triton.fisher import SeenUse
 from kfac_triton.ops import Patches, Rows
 
 
@@ -23,11 +26,13 @@ from kfac_triton.ops import Patches, Rows
 class Statistics:
     """The rows of one weight in one Fisher pass.
 
-    `a`: matrices (n, d_in), or patches that are not written; with `ones` a homogeneous coordinate 1 is still to be
-    added to every row. `g`: matrices (n, d_out), or (images, n, d_out), gradients of the summed nll; in an exact pass
-    one for each output direction.
+    `a`: matrices (n, d_in), or patches or one-hot rows that are not written; with `ones` a homogeneous coordinate 1 is
+    still to be added to every row. `g`: matrices (n, d_out), or (images, n, d_out), gradients of the summed nll; in an
+    exact pass one for each output direction.
     `terms`: loss terms L in the pass. `rows`: uses of the weight. A = sum a a^T / terms, G = sum g g^T / rows.
-    `sums`: both sums, where they were taken already; then there are no rows.
+    `sums`: both sums, where they were taken already; then there are no rows. `examples`: for each matrix in `a`, how
+    many examples its rows belong to, those of one together; 0 where that is not known, and every row counts as one.
+    `uses`: what the pass saw, for what needs the order of time.
     """
 
     layout: Layout
@@ -38,11 +43,13 @@ class Statistics:
     rows: float | Tensor
     ones: bool
     sums: tuple[Tensor, Tensor] | None = None
+    examples: list[int] = field(default_factory=list)
+    uses: list[SeenUse] = field(default_factory=list)
 
     def present(self) -> Tensor:
         """Whether a loss term and a row are in them (0-d bool)."""
         held = self._tensors()[0]
-        return (_tensor(self.terms, held) > 0) & (_tensor(self.rows, held) > 0)
+        return (tensor_of(self.terms, held) > 0) & (tensor_of(self.rows, held) > 0)
 
     def magnitudes(self) -> list[Tensor]:
         """Norms, finite if and only if the factors from these statistics are."""
@@ -51,10 +58,11 @@ class Statistics:
     def _tensors(self) -> list[Tensor]:
         if self.sums is not None:
             return list(self.sums)
-        return [*(rows.image if isinstance(rows, Patches) else rows for rows in self.a), *self.g]
+        written = [rows.image if isinstance(rows, Patches) else rows for rows in self.a]
+        return [*(rows for rows in written if isinstance(rows, Tensor)), *self.g]
 
 
-def _tensor(count: float | Tensor, like: Tensor) -> Tensor:
+def tensor_of(count: float | Tensor, like: Tensor) -> Tensor:
     """A count as a 0-d tensor of the wide dtype on the device of `like`."""
     if isinstance(count, Tensor):
         return count.to(like.device, _wide(like.dtype))
@@ -70,27 +78,35 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
     return _wide(weight.dtype)
 
 
-def initialise(state: dict[str, Any], weight: Tensor, layout: Layout, bias_index: int) -> None:
-    """Space for the factors, which hold nothing until the first data; `bias_index` counts the model's parameters."""
-    for name, shape in zip("AG", layout.factor_shapes(weight.shape), strict=True):
+def initialise(state: dict[str, Any], weight: Tensor, layout: Layout, bias_index: int, *, factors: bool = True) -> None:
+    """Space for the factors, which hold nothing until the first data; `bias_index` counts the model's parameters.
+
+    Without `factors` only what describes the block: something else stands in their place.
+    """
+    for name, shape in zip("AG", layout.factor_shapes(weight.shape) if factors else (), strict=False):
         state[name] = torch.zeros(shape, dtype=factor_dtype(weight), device=weight.device)
     state["factor_updates"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-    state["conv"] = int(layout.operation == "conv")
+    state["operation"] = OPERATIONS.index(layout.operation)
     state["groups"] = layout.groups
+    for side in "AG":
+        state[f"form_{side}"] = FORMS.index(getattr(layout, side))
+        state[f"blocks_{side}"] = getattr(layout, f"blocks_{side}")
     state["transposed"] = int(layout.transposed)
     state["bias"] = bias_index
 
 
-def restored_layout(state: dict[str, Any], weight: Tensor) -> Layout:
+def restored_layout(state: Mapping[str, Any], weight: Tensor) -> Layout:
     """The layout that `initialise` wrote into the state."""
-    dense = 3 if state["groups"] > 1 else 2
+    A, G = (FORMS[int(state[f"form_{side}"])] for side in "AG")
     return Layout(
-        "conv" if state["conv"] else "linear",
+        OPERATIONS[int(state["operation"])],
         transposed=bool(state["transposed"]),
         groups=int(state["groups"]),
         bias=state["bias"] >= 0,
-        diagonal_A=state["A"].dim() < dense,
-        diagonal_G=state["G"].dim() < dense,
+        A=A,
+        G=G,
+        blocks_A=int(state["blocks_A"]),
+        blocks_G=int(state["blocks_G"]),
     )
 
 
@@ -114,25 +130,63 @@ def update_factors(updates: Sequence[FactorUpdate], *, at_once: bool = False) ->
         k += ok
         _pad(state, own.layout)
         beta, weight = factors.average_weights(k.to(state["A"].dtype), decay, ok)
-        terms, rows = (_tensor(count, state["A"]).clamp(min=1) for count in (own.terms, own.rows))
+        terms, rows = (tensor_of(count, state["A"]).clamp(min=1) for count in (own.terms, own.rows))
         if own.sums is not None:
             settle([state])
             for name, total, count in zip("AG", own.sums, (terms, rows), strict=True):
                 averaged = beta * state[name] + weight / count * total
                 state[name].copy_(torch.where(ok, averaged, state[name]))
             continue
-        averages += [
-            Update(state, "A", own.a, weight / terms, beta, own.ones, own.layout.diagonal_A),
-            Update(state, "G", own.g, weight / rows, beta, False, own.layout.diagonal_G),
-        ]
+        for name, given, share, ones in (("A", own.a, weight / terms, own.ones), ("G", own.g, weight / rows, False)):
+            form = getattr(own.layout, name)
+            matrices, lack_ones = by_form(given, form, state[name], ones)
+            averages.append(Update(state, name, matrices, share, beta, lack_ones, form == DIAGONAL))
     average.update_(averages, at_once=at_once)
+
+
+def by_form(rows: Sequence[Rows], form: str, F: Tensor, ones: bool) -> tuple[Sequence[Rows], bool]:
+    """The row matrices as an average F of that form takes them, and whether they still lack the homogeneous 1."""
+    if form != BLOCKS:
+        return rows, ones
+    return [blocked(X, F.shape, ones) for X in rows], False
+
+
+def blocked(X: Rows, shape: torch.Size, ones: bool) -> Tensor:
+    """Rows (n, d), with a homogeneous 1 where there are `ones`, by the blocks of a factor (b, w, w): (b, n, w)."""
+    assert isinstance(X, Tensor)
+    rows = F.pad(X.flatten(0, -2), (0, 1), value=1.0) if ones else X.flatten(0, -2)
+    b, w = shape[:2]
+    by_block: Tensor = F.pad(rows, (0, b * w - rows.shape[-1])).unflatten(-1, (b, w))
+    return by_block.transpose(0, 1)
+
+
+def sums_of(statistics: Statistics, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """sum a a^T / L and sum g g^T / rows of statistics whose sides are dense or diagonal."""
+    layout, counts = statistics.layout, (statistics.terms, statistics.rows)
+    totals: list[Tensor] = list(statistics.sums or ())
+    if not totals:
+        shapes = layout.factor_shapes(weight.shape)
+        totals = [torch.zeros(s, dtype=factor_dtype(weight), device=weight.device) for s in shapes]
+        one = torch.ones((), dtype=totals[0].dtype, device=weight.device)
+        sides: Sequence[tuple[Sequence[Rows], bool, str]] = (
+            (statistics.a, statistics.ones, layout.A),
+            (statistics.g, False, layout.G),
+        )
+        factors.accumulate_(
+            [
+                Accumulation(total, rows, one, one, ones, form == DIAGONAL)
+                for total, (rows, ones, form) in zip(totals, sides, strict=True)
+            ]
+        )
+    A, G = (total / tensor_of(count, total).clamp(min=1) for total, count in zip(totals, counts, strict=True))
+    return A, G
 
 
 def _pad(state: dict[str, Any], layout: Layout) -> None:
     """Rows of dense factors as the kernels want them, where kernels serve; a loaded state may have others."""
     if ops.fuses(state["A"].device):
-        for name, diagonal in (("A", layout.diagonal_A), ("G", layout.diagonal_G)):
-            if not diagonal:
+        for name in "AG":
+            if getattr(layout, name) == DENSE:
                 state[name] = ops.padded(state[name])
 
 
@@ -142,11 +196,12 @@ def settle(states: Sequence[dict[str, Any]]) -> None:
 
 
 class Refresh(NamedTuple):
-    """The weight whose inverses are due: its state, its layout and its damping."""
+    """The weight whose inverses are due: its state, its layout, its damping, and the shape of the weight."""
 
     state: dict[str, Any]
     layout: Layout
     damping: float | Tensor
+    weight_shape: torch.Size
 
 
 def update_inverses(refreshes: Sequence[Refresh]) -> list[bool]:
@@ -164,23 +219,44 @@ def update_inverses(refreshes: Sequence[Refresh]) -> list[bool]:
 
 
 def _pair(refresh: Refresh) -> factors.Pair:
-    state, layout, damping = refresh
+    state, layout, damping, weight_shape = refresh
     last = (state["A_inv"], state["G_inv"]) if "A_inv" in state else None
-    return factors.Pair(state["A"], state["G"], damping, layout.diagonal_A, layout.diagonal_G, last)
+    A, G = shapes(layout, weight_shape)
+    whole = layout.operation in ("scale", "position")
+    return factors.Pair(state["A"], state["G"], damping, A, G, last, whole)
 
 
-def memory(weight: Tensor, layout: Layout) -> int:
-    """Bytes of A and G, with the zeros around them where kernels serve; the inverses take as many again."""
+def written_out(F: Tensor, shape: Shape) -> Tensor:
+    """The factor as it stands for all its rows: dense, or the diagonal."""
+    if shape.form == BLOCKS:
+        whole: Tensor = torch.block_diag(*F)
+        return whole[: shape.d, : shape.d]
+    return uncorrelated.expanded(F, shape.taps, shape.bias) if shape.form == UNCORRELATED else F
+
+
+def shapes(layout: Layout, weight_shape: torch.Size) -> tuple[Shape, Shape]:
+    """What the factors of a weight stand for."""
+    d_in, d_out = layout.dims(weight_shape)
+    return Shape(d_in, layout.A, layout.taps(weight_shape), layout.bias), Shape(d_out, layout.G)
+
+
+def memory(weight: Tensor, layout: Layout) -> tuple[int, int]:
+    """Bytes of (A and G, their inverses), with the zeros around dense ones where kernels serve."""
     pads = ops.fuses(weight.device)
-    elements = 0
-    for shape, diagonal in zip(layout.factor_shapes(weight.shape), (layout.diagonal_A, layout.diagonal_G), strict=True):
-        around = shape if diagonal or not pads else (*shape[:-2], *2 * (ops.padded_width(shape[-1]),))
-        elements += torch.Size(around).numel()
-    return factor_dtype(weight).itemsize * elements
+
+    def bytes_of(shapes: tuple[tuple[int, ...], ...]) -> int:
+        elements = 0
+        for shape, form in zip(shapes, (layout.A, layout.G), strict=True):
+            around = shape if form != DENSE or not pads else (*shape[:-2], *2 * (ops.padded_width(shape[-1]),))
+            elements += torch.Size(around).numel()
+        return factor_dtype(weight).itemsize * elements
+
+    return bytes_of(layout.factor_shapes(weight.shape)), bytes_of(layout.inverse_shapes(weight.shape))
 
 
 def memory_of_rows(weight: Tensor, layout: Layout) -> int:
     """Bytes for the rows that wait, if a pass brings so few that they do."""
-    diagonals = (layout.diagonal_A, layout.diagonal_G)
-    sides = zip(layout.dims(weight.shape), diagonals, strict=True) if layout.groups == 1 else ()
-    return sum(average.memory(d, factor_dtype(weight)) for d, diagonal in sides if not diagonal)
+    sides = zip(layout.factor_shapes(weight.shape), (layout.A, layout.G), strict=True) if layout.groups == 1 else ()
+    return sum(
+        average.memory(shape[-1], factor_dtype(weight)) for shape, form in sides if form not in (DIAGONAL, BLOCKS)
+    )

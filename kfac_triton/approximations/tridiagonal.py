@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from kfac_triton import factors
 from kfac_triton.approximations import kronecker
 from kfac_triton.approximations.kronecker import Statistics
-from kfac_triton.blocks.layout import Layout
+from kfac_triton.blocks.layout import DENSE, Layout
 from kfac_triton.chain import Link, link
 from kfac_triton.fisher import Seen
 
 State = Mapping[Any, dict[str, Any]]
+KINDS = {"conv": "a convolution", "recurrent": "a recurrent layer"}
 
 
 def chain_of(seen: Seen, statistics: Mapping[nn.Parameter, Statistics], names: Mapping[nn.Parameter, str]) -> None:
@@ -40,8 +41,8 @@ def chain_of(seen: Seen, statistics: Mapping[nn.Parameter, Statistics], names: M
         count = _rows(own)
         first = count if first is None else first
         if own.layout.operation != "linear":
-            refuse(weight, "belongs to a convolution")
-        if own.layout.diagonal_A or own.layout.diagonal_G:
+            refuse(weight, f"belongs to {KINDS.get(own.layout.operation, 'another kind of layer')}")
+        if DENSE != own.layout.A or DENSE != own.layout.G:
             refuse(weight, "has a side wider than max_factor_dim")
         if any(use.batch == uses[0].batch for use in uses[1:]):
             refuse(weight, "is used more than once")

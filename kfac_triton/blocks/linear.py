@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_triton.blocks.use import Part, Use
-
-Resolve = Callable[[Any], Part | None]
+from kfac_triton.blocks.use import Part, Resolve, Use
 
 
 @dataclass(frozen=True)

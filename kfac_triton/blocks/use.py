@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ class Part:
     @property
     def whole(self) -> bool:
         return self.start == 0 and self.stop == self.parameter.shape[0]
+
+
+class Resolve(Protocol):
+    """What a matcher asks of the pass: which known parameter an argument is."""
+
+    def __call__(self, t: Any) -> Part | None:
+        """t as whole rows of a known parameter; None where it is none, or other elements of one."""
+
+    def owner(self, t: Any) -> torch.nn.Parameter | None:
+        """The known parameter that t is, is a view of, or was cast from."""
 
 
 def part_of(parameter: torch.nn.Parameter, t: Tensor) -> Part | None:
