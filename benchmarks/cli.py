@@ -45,12 +45,15 @@ def run(
     optimizers: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated; default sgd,adamw,kfac. Also nesterov, kfac-paper, kfac-growing, kfac-tridiagonal, "
-            "*-no-momentum, *-default."
+            help="Comma-separated; default sgd,adamw,kfac. Also nesterov, soap, kfac-adaptive, kfac-paper, "
+            "kfac-growing, kfac-tridiagonal, *-no-momentum, *-default."
         ),
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="paper: the experiments of Martens & Grosse (2015), an hour a task.")
+        str | None,
+        typer.Option(
+            help="paper: the experiments of Martens & Grosse (2015), an hour a task; networks: six real ones."
+        ),
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds for the whole command, tuning included.")] = None,
     seeds: Annotated[int, typer.Option(help="Report seeds.")] = 3,

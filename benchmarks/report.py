@@ -20,7 +20,14 @@ from kfac_triton.benchmarks.suites import find_suite
 from kfac_triton.tuning.baselines import BASELINES
 
 # told apart by the colour-blind too
-COLOURS = {"sgd": "#0072b2", "nesterov": "#0072b2", "adamw": "#d55e00", "kfac": "#009e73", "kfac-paper": "#009e73"}
+COLOURS = {
+    "sgd": "#0072b2",
+    "nesterov": "#0072b2",
+    "adamw": "#d55e00",
+    "soap": "#e69f00",
+    "kfac": "#009e73",
+    "kfac-paper": "#009e73",
+}
 OTHERS = ("#cc79a7", "#e69f00", "#56b4e9", "#999999")
 GRID = 200  # places on the axis where a median over the seeds is drawn
 AXES = (("seconds", "training seconds"), ("step", "steps"))

@@ -23,7 +23,8 @@ from rich.table import Table
 from kfac_triton.tuning import environment
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.errors import Mistake
-from kfac_triton.tuning.problems import AUTOENCODERS, JUDGED, autoencoder, shuffled
+from kfac_triton.tuning.problems import AUTOENCODERS, autoencoder
+from kfac_triton.tuning.sets import JUDGED, shuffled
 from kfac_triton.tuning.store import read_json, write_json
 from kfac_triton.tuning.trainer import Budget, train
 

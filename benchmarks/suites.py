@@ -3,6 +3,8 @@
 "paper": the autoencoders of Martens & Grosse (2015, section 13) with K-FAC block-diagonal and tridiagonal, with and
 without momentum, on batches that stay and that grow, against SGD with Nesterov's momentum as tuned by Sutskever et al.
 (2013), and AdamW.
+"networks": convolutional, residual, recurrent and attending networks with K-FAC of a tuned and of an adaptive step
+length, against SGD, AdamW and SOAP (Vyas et al. 2024) with the same budgets.
 """
 
 from __future__ import annotations
@@ -42,6 +44,12 @@ class Suite:
 
 
 SUITES = {
+    "networks": Suite(
+        tasks=("fashion-cnn", "resnet", "char-lstm", "char-gpt", "adding", "digits-vit"),
+        optimizers=("sgd", "adamw", "soap", "kfac", "kfac-adaptive"),
+        seconds=30.0,
+        tuning_seconds=10.0,
+    ),
     "paper": Suite(
         tasks=("mnist", "curves", "faces"),
         optimizers=(
@@ -98,7 +106,7 @@ SUITES = {
                 lambda steps, seconds, cost: steps < SAVED,
             ),
         ),
-    )
+    ),
 }
 
 

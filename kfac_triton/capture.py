@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 from unittest import mock
@@ -233,7 +233,7 @@ def _versions(inputs: Inputs) -> tuple[int, ...]:
     return tuple(t._version for t in inputs.tensors() if not t.is_inference())
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Recorded:
     """A use and the place in the graph where its gradient dy appears; `shape` is dy's, as the operation returned it."""
 
@@ -248,7 +248,7 @@ class Recorded:
         return self.use.g_by_images(dy.reshape(self.shape))
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Uses:
     """What one pass saw: the uses of every weight, and the parameters used by something no block covers."""
 
@@ -602,6 +602,29 @@ def bare_pass(inputs: Inputs, device: torch.device, seed: int | Streams) -> Iter
                 with torch.cuda.device(device):
                     torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def uncheckpointed(module: nn.Module) -> Iterator[None]:
+    """In here activations of a model with recurrent layers are kept, not computed again.
+
+    What is computed again in a backward pass, where no function mode is active, would be torch's own layer and not its
+    twin, and the wrong tensors would be found for it.
+    """
+    recurrent_layers = (nn.RNNBase, nn.RNNCellBase)
+    if not any(isinstance(child, recurrent_layers) for child in module.modules()):
+        yield
+        return
+    with ExitStack() as stack:
+        for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"):
+            if hasattr(torch.utils.checkpoint, name):  # one or the other, by torch's version
+                stack.enter_context(mock.patch.object(torch.utils.checkpoint, name, _no_checkpoint))
+        yield
+
+
+def _no_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
+    """The two halves of what surrounds a function that is to be computed again: nothing."""
+    yield
 
 
 def _run_without_checkpoint(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:

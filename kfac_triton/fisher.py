@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from kfac_triton import distributed
 from kfac_triton.blocks.custom import LayerBlock
-from kfac_triton.capture import Inputs, Recorded, UseRecorder, bare_pass, custom_layers
+from kfac_triton.capture import Inputs, Recorded, UseRecorder, bare_pass, custom_layers, uncheckpointed
 from kfac_triton.likelihoods import Likelihood
 
 log = logging.getLogger("kfac_triton")
@@ -29,7 +29,7 @@ MIN_SAMPLES = 64
 Blocks = Mapping[type[nn.Module], LayerBlock]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class SeenUse:
     """One use of a weight, the gradients of its output (one for each backward pass), its batch and examples in that.
 
@@ -43,7 +43,7 @@ class SeenUse:
     counted: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Seen:
     """What the passes of one step saw. `terms`: the loss terms in all of them; `unsupported`: parameter -> function;
     `roots`: where the outputs stand in the backward graph of each pass."""
@@ -84,7 +84,7 @@ def recorded_forward(
     )
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     recorder = UseRecorder(parameters)
-    with custom_layers(module, recorder, blocks or {}), recorder:
+    with uncheckpointed(module), custom_layers(module, recorder, blocks or {}), recorder:
         returned = functional_call(module, buffers, args, kwargs) if buffers else module(*args, **kwargs)
     return recorder, returned
 
@@ -112,7 +112,7 @@ def counted_terms(mask: Callable[[Any, Tensor], Tensor], inputs: Inputs, outputs
     return counted
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class FisherPass:
     """Runs the module on kept inputs and collects the uses of its weights with their gradients.
 
@@ -174,18 +174,22 @@ class FisherPass:
     def _directions(self, terms: Tensor, seed: int) -> Iterator[Tensor]:
         """What to back-propagate from the outputs `terms` (N, ..., C): the gradients of the summed nll.
 
-        Exact: column c of the likelihood's B for one position at a time, since positions may mix inside the network.
+        Exact: column c of the likelihood's B for one position at a time, since positions may mix inside the network,
+        and with a random sign for every example: second moments of one example's rows do not see it, and where a use
+        serves the whole batch, as a table of positions does, those of different examples cancel on average.
         """
         if not self.exact:
             yield self.likelihood.sampled_gradient(terms, torch.Generator(terms.device).manual_seed(seed))
             return
         positions = math.prod(terms.shape[1:-1])
+        generator = torch.Generator(terms.device).manual_seed(seed)
         for c in range(terms.shape[-1]):
             column = self.likelihood.fisher_column(terms, c)
             flat = column.reshape(terms.shape[0], positions, -1)
             for t in range(positions):
                 one = torch.zeros_like(flat)
-                one[:, t] = flat[:, t]
+                coin = torch.randint(2, (len(flat), 1), generator=generator, device=flat.device)
+                one[:, t] = flat[:, t] * (2 * coin - 1).to(flat.dtype)
                 yield one.reshape(terms.shape)
 
     def _forward(

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfac_triton.capture import Inputs, Streams, Unrolled, bare_pass
+from kfac_triton.capture import Inputs, Streams, Unrolled, bare_pass, uncheckpointed
 from kfac_triton.fisher import counted_terms, part_of_batch, tensor_of_outputs
 from kfac_triton.likelihoods import Likelihood
 
@@ -90,7 +90,7 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
         yield
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class FisherProducts:
     """Products with the exact Fisher on kept inputs, through the bare module; nothing is written to.
 
@@ -129,6 +129,7 @@ class FisherProducts:
                 torch.no_grad(),
                 sdpa_kernel(SDPBackend.MATH),
                 batch_statistics(self.module),
+                uncheckpointed(self.module),
                 Unrolled(),
             ):
                 z, products = self._outputs_and_products(inputs, moving, tangents)

@@ -68,7 +68,7 @@ class Plan:
     fused: bool = False
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Hyper:
     """Hyper-parameters by group. `finite` (0-d bool) gates the whole step on the device, `unscale` multiplies the
     gradients; both count only in a gated plan."""
@@ -82,7 +82,7 @@ class Hyper:
     unscale: Tensor
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Blocks:
     """Tensors of the blocks, by layer; an absent bias (or its momentum) is an empty tensor. Of a layer in eigenbases,
     A_inv and G_inv are Q_A and Q_G; of any other, its spectrum and damping are empty. `transforms`: of the layers in
@@ -102,7 +102,7 @@ class Blocks:
     links: list[Link] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Fallback:
     """Tensors of the AdamW update, by parameter; `steps` are 0-d counters on the parameters' device."""
 

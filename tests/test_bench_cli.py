@@ -74,7 +74,7 @@ def test_a_finished_folder_is_begun_anew_when_asked(spec: str, capfd: pytest.Cap
     ("arguments", "said"),
     [
         (["run", "no-such-task"], "unknown task 'no-such-task': built in are digits"),
-        (["run", "--optimizers", "sgd,lion"], "unknown optimizer 'lion': one of sgd, nesterov, adamw, kfac"),
+        (["run", "--optimizers", "sgd,lion"], "unknown optimizer 'lion': one of sgd, nesterov, adamw, soap, kfac"),
         (["run", "broken.py:factory"], "broken.py does not import: SyntaxError"),
         (["run", "missing.py:factory"], "there is no file missing.py"),
         (["run", "mnist", "--data", "empty"], "--data empty: no MNIST there; it needs train-images-idx3-ubyte"),
@@ -136,6 +136,11 @@ def test_the_built_in_tasks_are_listed(capfd: pytest.CaptureFixture[str]) -> Non
         "mnist",
         "faces",
         "fashion-cnn",
+        "resnet",
+        "char-lstm",
+        "char-gpt",
+        "adding",
+        "digits-vit",
     ]
     assert "784-400-200-100-50-25-6" in listed and "784-1000-500-250-30" in listed
 

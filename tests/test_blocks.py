@@ -342,7 +342,7 @@ def test_a_step_of_a_norm_is_damped_as_a_whole(norm):
     dense.assert_exact(before - torch.cat([p.detach() for p in model.parameters()]), V)
 
 
-# ----------------------------------------------------------------------------------------------------------- tied tables
+# ---------------------------------------------------------------------------------------------------------- tied tables
 
 
 class Tied(nn.Module):
@@ -403,8 +403,12 @@ def test_a_wide_tied_table_is_diagonal_on_the_side_of_the_vocabulary():
 # ------------------------------------------------------------------------------------------------------ wide sides
 
 
-@pytest.mark.parametrize(("limit", "name"), [(4, "linear (A in 2 blocks)"), (3, "linear (A in 3 blocks, G in 2 blocks)"),
-                                             (1, "linear (diagonal A, G in 4 blocks)")])  # fmt: skip
+WIDE = {
+    4: "linear (A in 2 blocks)", 3: "linear (A in 3 blocks, G in 2 blocks)", 1: "linear (diagonal A, G in 4 blocks)"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("limit", "name"), WIDE.items())
 def test_a_wide_side_in_blocks(limit, name):
     """Blocks of the dense factor along its diagonal, and a step that multiplies with their inverses."""
     model, x = dense.random_model(nn.Linear(6, 4), nn.Tanh()), dense.randn(9, 6)

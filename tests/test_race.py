@@ -206,7 +206,7 @@ def test_a_budget_holds_every_run_it_plans(budget: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"optimizers": ("sgd", "lion")}, "unknown optimizer 'lion': one of sgd, nesterov, adamw, kfac"),
+        ({"optimizers": ("sgd", "lion")}, "unknown optimizer 'lion': one of sgd, nesterov, adamw, soap, kfac"),
         ({"optimizers": ("sgd", "sgd")}, "optimizer 'sgd' is named twice"),
         ({"optimizers": ()}, "at least one"),
         ({"seeds": 0}, "--seeds 0: at least 1"),

@@ -134,7 +134,7 @@ def test_the_suite_on_the_command_line(asked: list[Request]) -> None:
 
 def test_an_unknown_suite_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "--suite", "thesis"]) == 2
-    assert "unknown suite 'thesis': one of paper" in capfd.readouterr().err
+    assert "unknown suite 'thesis': one of networks, paper" in capfd.readouterr().err
 
 
 def test_seconds_of_tuning_need_those_of_a_run(capfd: pytest.CaptureFixture[str]) -> None:

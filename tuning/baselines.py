@@ -101,12 +101,33 @@ def build_adamw(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> to
     )
 
 
+def build_soap(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
+    """SOAP (Vyas et al. 2024) as pytorch_optimizer has it."""
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise Mistake("optimizer 'soap' comes with pytorch_optimizer: pip install 'kfac-triton[bench]'") from error
+    own: torch.optim.Optimizer = SOAP(
+        model.parameters(),
+        lr=hyper["lr"],
+        betas=(hyper["beta1"], hyper["beta2"]),
+        weight_decay=hyper.get("weight_decay", 0.0),
+        precondition_frequency=hyper["precondition_frequency"],
+    )
+    return own
+
+
 def build_kfac(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
     """K-FAC with sampled targets; every entry of `hyper` that is no schedule goes to its constructor."""
     from kfac_triton import KFAC
 
     own = {name: value for name, value in hyper.items() if name not in SCHEDULE_NAMES}
     return KFAC(model, likelihood=task.likelihood, loss_scale=task.loss_scale, compile=compile, **own)
+
+
+def build_adaptive_kfac(model: nn.Module, task: Task, hyper: Hyper, compile: bool) -> torch.optim.Optimizer:
+    """K-FAC whose step length and momentum come from the quadratic model; lr multiplies the one, damping is given."""
+    return build_kfac(model, task, {**hyper, "lr": "adaptive", "momentum": "adaptive"}, compile)
 
 
 def paper_kfac(**options: Any) -> Build:
@@ -137,7 +158,9 @@ ENTRANTS = {
         Entrant("sgd", build_sgd),
         Entrant("nesterov", build_nesterov),
         Entrant("adamw", build_adamw),
+        Entrant("soap", build_soap),
         Entrant("kfac", build_kfac),
+        Entrant("kfac-adaptive", build_adaptive_kfac),
         Entrant("sgd-default", build_default_sgd, tuned=False),
         Entrant("adamw-default", build_default_adamw, tuned=False),
         Entrant("kfac-default", build_kfac, tuned=False),
@@ -148,7 +171,7 @@ ENTRANTS = {
         Entrant("kfac-tridiagonal-no-momentum", paper_kfac(approximation="tridiagonal", momentum=0.0), tuned=False),
     )
 }
-BASELINES = ("sgd", "nesterov", "adamw")  # whose tuned results set the targets
+BASELINES = ("sgd", "nesterov", "adamw", "soap")  # whose tuned results set the targets
 
 
 def find_entrant(name: str) -> Entrant:

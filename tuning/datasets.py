@@ -64,7 +64,7 @@ def load_faces(folder: str | os.PathLike[str] | None = None, train: int = 20_000
         Mistake: the file is not in `folder`; or, without one, it is nowhere and cannot be downloaded; or it is damaged.
     """
     return _draw_faces(
-        _locate(folder, _olivetti_in, f"no {OLIVETTI_FILE} there, in the folder itself or in olivetti/"), train, test
+        locate(folder, _olivetti_in, f"no {OLIVETTI_FILE} there, in the folder itself or in olivetti/"), train, test
     )
 
 
@@ -89,7 +89,7 @@ def load_fashion(folder: str | os.PathLike[str] | None = None) -> Dataset:
     """Fashion-MNIST's 60,000 + 10,000 garments from its four IDX files, of Debian's package dataset-fashion-mnist or in
     `folder`; where there are none, and no folder was named, CURVES' strokes stand in, to be sorted by their length.
     """
-    found = _locate(folder, _fashion_in, f"no Fashion-MNIST there; it needs {_wanted()}, in fashion-mnist/")
+    found = locate(folder, _fashion_in, f"no Fashion-MNIST there; it needs {_wanted()}, in fashion-mnist/")
     return _generated_fashion() if found is None else _read_mnist(found, "fashion-mnist", "Fashion-MNIST IDX files")
 
 
@@ -104,7 +104,7 @@ def load_mnist(folder: str | os.PathLike[str] | None = None) -> Dataset:
 
 def find_mnist(folder: str | os.PathLike[str] | None = None) -> Path:
     """The folder that holds the four files, after a download if need be."""
-    found = _locate(folder, _mnist_in, f"no MNIST there; it needs {_wanted()}, in the folder itself or in mnist/")
+    found = locate(folder, _mnist_in, f"no MNIST there; it needs {_wanted()}, in the folder itself or in mnist/")
     return found or _download_mnist(cache_folder() / "mnist")
 
 
@@ -120,7 +120,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kfac_triton"
 
 
-def _locate(folder: str | os.PathLike[str] | None, look: Callable[[Path], Path | None], complaint: str) -> Path | None:
+def locate(folder: str | os.PathLike[str] | None, look: Callable[[Path], Path | None], complaint: str) -> Path | None:
     """What `look` finds in `folder`, or without one in the usual folders, None where it is in none of those.
 
     Raises:

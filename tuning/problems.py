@@ -13,7 +13,7 @@ settings tried of either: there its target says little, and AdamW's is the one t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,10 +25,17 @@ from torch.nn import functional as F
 from kfac_triton.initialisation import sparse_
 from kfac_triton.tuning.datasets import Dataset, load_curves, load_digits, load_faces, load_fashion, load_mnist
 from kfac_triton.tuning.errors import Mistake
-from kfac_triton.tuning.task import Batches, Metric, Task, load_user_task
-
-JUDGED = 2_000  # training and test images that an evaluation looks at, the first ones of each
-CHUNK = 1_000  # rows of an evaluation's forward pass
+from kfac_triton.tuning.network_tasks import NETWORKS
+from kfac_triton.tuning.sets import (
+    JUDGED,
+    cross_entropy,
+    half_squared_error,
+    on_device,
+    shuffled,
+    squared_error,
+    summed_cross_entropy,
+)
+from kfac_triton.tuning.task import Task, load_user_task
 
 CURVES_WIDTHS = (784, 400, 200, 100, 50, 25, 6)
 MNIST_WIDTHS = (784, 1000, 500, 250, 30)
@@ -54,7 +61,7 @@ def find_task(spec: str, data: Path | None = None, device: torch.device | str = 
 
 def digits(data: Path | None, device: torch.device) -> Task:
     """Classifier 64-128-64-10 with tanh units on scikit-learn's digits, batch 128."""
-    images = _on(load_digits(), device)
+    images = on_device(load_digits(), device)
     return Task(
         model=lambda: classifier(DIGITS_WIDTHS),
         batches=shuffled(images.train, images.train_labels, 128),
@@ -70,7 +77,7 @@ def digits(data: Path | None, device: torch.device) -> Task:
 
 def fashion_cnn(data: Path | None, device: torch.device) -> Task:
     """Two strided convolutions and two linear layers on Fashion-MNIST (else on generated strokes), batch 256."""
-    images = _on(load_fashion(data), device)
+    images = on_device(load_fashion(data), device)
     return Task(
         model=convolutional,
         batches=shuffled(images.train, images.train_labels, 256),
@@ -97,7 +104,7 @@ class Autoencoder:
     gaussian: bool = False
 
     def task(self, data: Path | None, device: torch.device) -> Task:
-        images = _on(self.load(data), device)
+        images = on_device(self.load(data), device)
         judged = min(JUDGED, len(images.train))
         picture: Callable[[Tensor], Tensor] = nn.Identity() if self.gaussian else torch.sigmoid
         return Task(
@@ -152,6 +159,7 @@ BUILT_IN: dict[str, Callable[[Path | None, torch.device], Task]] = {
     "digits": digits,
     **{name: one.task for name, one in AUTOENCODERS.items()},
     "fashion-cnn": fashion_cnn,
+    **NETWORKS,
 }
 
 
@@ -194,59 +202,3 @@ def convolutional() -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(64, 10),
     )
-
-
-def summed_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Sigmoid cross-entropy of logits (n, d), summed over d, averaged over n: the Bernoulli nll per example."""
-    return F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / len(outputs)
-
-
-def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Squared error of outputs (n, d), summed over d, averaged over n, halved: the unit-variance Gaussian's nll."""
-    return F.mse_loss(outputs, targets, reduction="sum") / (2 * len(outputs))
-
-
-def squared_error(images: Tensor, picture: Callable[[Tensor], Tensor] = torch.sigmoid) -> Metric:
-    """Reconstruction error of `images` (n, d): sum over pixels of (picture(outputs) - x)^2, mean over images."""
-
-    def measure(model: nn.Module) -> float:
-        total = torch.zeros((), device=images.device)
-        for start in range(0, len(images), CHUNK):
-            chunk = images[start : start + CHUNK]
-            total += (picture(model(chunk)) - chunk).square().sum()
-        return float(total) / len(images)
-
-    return measure
-
-
-def cross_entropy(images: Tensor, labels: Tensor) -> Metric:
-    """Mean categorical nll of `labels` (n,)."""
-
-    def measure(model: nn.Module) -> float:
-        return float(F.cross_entropy(model(images), labels))
-
-    return measure
-
-
-def shuffled(inputs: Tensor, targets: Tensor, size: int) -> Batches:
-    """Endless batches of `size` rows, each epoch in a new order drawn from the seed; its rest is dropped."""
-
-    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
-            for start in range(0, len(order) - size + 1, size):
-                rows = order[start : start + size]
-                batch = inputs[rows]
-                yield batch, batch if targets is inputs else targets[rows]
-
-    return batches
-
-
-def _on(images: Dataset, device: torch.device) -> Dataset:
-    if device.type == "cpu":
-        return images
-    train, test, train_labels, test_labels = (
-        part.to(device) for part in (images.train, images.test, images.train_labels, images.test_labels)
-    )
-    return Dataset(train, test, train_labels, test_labels, images.provenance)

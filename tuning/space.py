@@ -122,7 +122,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Space:
-    """Names and what each may be; `first` is the setting that is tried first.
+    """Names and what each may be; `first` is the setting that is tried first, `second`, if there is one, after it.
 
     `conditions`: {name: (other, values)} for a parameter that counts only where `other`, named before it, has one of
     these values.
@@ -131,6 +131,7 @@ class Space:
     parameters: dict[str, Range | Choice]
     first: dict[str, Any]
     conditions: Mapping[str, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
+    second: dict[str, Any] = field(default_factory=dict)
 
     def counts(self, name: str, setting: Mapping[str, Any]) -> bool:
         """Whether `setting`, as far as it is known, leaves the parameter a meaning."""
@@ -211,6 +212,38 @@ SPACES = {
         },
         {"lr": 2e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, **SCHEDULE_FIRST},
     ),
+    "soap": Space(
+        {
+            "lr": Range(1e-4, 1e-1),
+            "beta1": MOMENTUM,
+            "beta2": MOMENTUM,
+            "precondition_frequency": Choice((5, 10, 20)),
+            "weight_decay": Choice((0.0, 1e-2)),
+            **SCHEDULE,
+        },
+        {"lr": 3e-3, "beta1": 0.95, "beta2": 0.95, "precondition_frequency": 10, "weight_decay": 0.0, **SCHEDULE_FIRST},
+    ),
+    "kfac-adaptive": Space(
+        {
+            "damping": Range(1e-4, 10.0),
+            "damping_end": Range(1e-3, 1.0, ceiling=1.0),
+            "factor_interval": Choice((1, 4, 10)),
+            "inverse_interval": Choice((5, 20)),
+            "factor_fraction": Choice((0.125, 0.25)),
+            "quadratic_fraction": Choice((0.25, 1.0)),
+            **SCHEDULE,
+        },
+        {
+            "damping": 0.03,
+            "damping_end": 0.3,
+            "factor_interval": 1,
+            "inverse_interval": 20,
+            "factor_fraction": 0.25,
+            "quadratic_fraction": 0.25,
+            "schedule": "constant",
+            "warmup": 0.0,
+        },
+    ),
     "kfac": Space(
         {
             "lr": Range(1e-2, 1.0),
@@ -218,6 +251,7 @@ SPACES = {
             "damping_end": Range(1e-3, 1.0, ceiling=1.0),
             "momentum": MOMENTUM,
             "kl_clip": Range(1e-4, 1.0),
+            "factor_interval": Choice((1, 4, 10)),
             "inverse_interval": Choice((5, 20)),
             **SCHEDULE,
         },
@@ -227,6 +261,18 @@ SPACES = {
             "damping_end": 0.3,
             "momentum": 0.9,
             "kl_clip": 2e-3,
+            "factor_interval": 1,
+            "inverse_interval": 20,
+            **SCHEDULE_FIRST,
+        },
+        # deep autoencoders ask for little damping, most other networks for much
+        second={
+            "lr": 0.1,
+            "damping": 0.03,
+            "damping_end": 0.3,
+            "momentum": 0.9,
+            "kl_clip": 1e-3,
+            "factor_interval": 4,
             "inverse_interval": 20,
             **SCHEDULE_FIRST,
         },

@@ -160,6 +160,8 @@ class Search:
             return
         if done == 0:
             self.study.enqueue_trial(self.declared.drawn(self.declared.first))
+        elif done == 1 and self.declared.second:
+            self.study.enqueue_trial(self.declared.drawn(self.declared.second))
         elif done == self._declared_trials() and edges:
             winner = best(self.rows())
             if winner:

@@ -22,7 +22,7 @@ from kfac_triton.fisher import SeenUse
 from kfac_triton.ops import Patches, Rows
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Statistics:
     """The rows of one weight in one Fisher pass.
 

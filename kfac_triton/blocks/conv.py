@@ -29,7 +29,7 @@ from kfac_triton.blocks.use import Resolve, Use
 from kfac_triton.ops import Patches, Rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConvUse(Use):
     """`kernel`, `stride`, `dilation`: by axis, the last one last; `padding`: zeros around x as F.pad takes them, the
     last axis first. `axes`: of the convolution; one of one axis has a height of 1. Of a transposed convolution these

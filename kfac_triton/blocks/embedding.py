@@ -21,7 +21,7 @@ from kfac_triton.blocks.use import Part, Resolve, Use
 from kfac_triton.ops import OneHot
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TableUse(Use):
     """`x` holds the number of the row that went into each vector of the outputs; `leave_out` names one without a
     gradient (an embedding's padding). `axis`: where the outputs hold the vectors."""
@@ -50,7 +50,7 @@ class TableUse(Use):
         return None if self.leave_out is None else (self.x != self.leave_out).reshape(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PositionUse(TableUse):
     """A table that is added to activations, or stands beside them: there at `place`, (axis, start, length)."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from kfac_triton.blocks.use import Part, Resolve, Use
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearUse(Use):
     """`columns`: the positions are columns of x, as in W @ x."""
 

@@ -24,7 +24,7 @@ from kfac_triton.blocks.linear import LinearUse
 Step = Callable[[Tensor, Any], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RecurrentUse(LinearUse):
     """`steps`: how many rows each time step has. Where all have as many, they are the examples (`batch_axis` 1)."""
 

@@ -60,7 +60,7 @@ def _strides_match(view: Tensor, width: int) -> bool:
     return (width == 1 or view.stride(1) == 1) and (view.shape[0] == 1 or view.stride(0) == width)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Use(ABC):
     """One call of an operation with `weight`. The input `x` is kept by reference, without its graph.
 
