@@ -311,9 +311,8 @@ def run(
         first = bucket[0]
         groups = _groups(first.F)
         whole = first.image.shape[1] // groups * first.image.element_size() % 16 == 0
-        rule = dispatch.conv_syrk(
-            first.image.shape[1] // groups, whole, precision_of(first.image.dtype, precision), first.image.dtype
-        )
+        chosen = precision_of(first.image.dtype, precision)
+        rule = dispatch.conv_syrk(first.image.shape[1] // groups, whole, chosen, first.image.dtype, first.image.device)
         unfolded = partial(_unfolded, bucket, precision, backend)
         if dispatch.takes_triton(rule, first.F.device, backend) and first.F.dtype == torch.float32:
             attempt("conv_syrk", (*first.image.shape, *first.window), first.F.device,

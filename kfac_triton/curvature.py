@@ -182,8 +182,6 @@ class Curvature:
         inverse_free.update(
             [(update, w, factored_damping(group_of(w))) for update, w in zip(updates, weights, strict=True)]
         )
-        names = ("A_root", "G_root", "A_mean", "G_mean", "A_inv", "G_inv")
-        distributed.average_([state[w][name] for w in weights for name in names])
 
     def _measure(self, updates: list[kronecker.FactorUpdate]) -> None:
         """Eigenvalues in the bases as they are."""

@@ -113,7 +113,7 @@ def takes_patches(image: Tensor, groups: int) -> bool:
 
     channels = image.shape[1] // groups
     whole = channels * image.element_size() % 16 == 0
-    rule = dispatch.conv_syrk(channels, whole, precision_of(image.dtype), image.dtype)
+    rule = dispatch.conv_syrk(channels, whole, precision_of(image.dtype), image.dtype, image.device)
     return image.dtype != torch.float64 and dispatch.takes_triton(rule, image.device)
 
 

@@ -23,6 +23,7 @@ from kfac_triton.blocks.conv import ConvUse
 from kfac_triton.blocks.embedding import TableUse
 from kfac_triton.blocks.layout import BLOCKS, DENSE, DIAGONAL, UNCORRELATED, Layout
 from kfac_triton.blocks.norm import ScaleUse
+from kfac_triton.blocks.recurrent import RecurrentUse
 from kfac_triton.factors import rows_in
 from kfac_triton.fisher import Seen, SeenUse
 from kfac_triton.ops import Rows
@@ -275,7 +276,8 @@ def _per_example(rows: Tensor, seen: SeenUse) -> Tensor:
     misplaced = (
         use.operation in ("linear", "recurrent") and use.x.dim() > 2 and use.x.shape[use.batch_axis] != seen.examples
     )
-    if misplaced or rows.shape[-2] % seen.examples:
+    ragged = isinstance(use, RecurrentUse) and len(set(use.steps)) > 1
+    if misplaced or ragged or rows.shape[-2] % seen.examples:
         raise ValueError(
             f"weight_sharing='reduce' needs the examples on the first axis of a layer's input: "
             f"{seen.examples} examples, but a weight of shape {tuple(use.weight.parameter.shape)} "

@@ -126,6 +126,34 @@ def test_a_step_of_a_transposed_convolution_is_the_dense_solve(case):
         dense.assert_exact(move, G_inv @ grad @ A_inv)
 
 
+LAID_OUT = {
+    "3d": (lambda: nn.Conv3d(4, 4, 2, groups=2), (2, 4, 3, 4, 3), torch.channels_last_3d),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 3, 4), torch.channels_last),
+    "uncorrelated": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 4), torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("case", LAID_OUT)
+def test_either_layout_in_memory_gives_the_same_step(case):
+    make, shape, layout = LAID_OUT[case]
+    model, x = dense.random_model(make(), nn.Tanh(), nn.Flatten()), dense.randn(*shape)
+    twin = dense.random_model(make(), nn.Tanh(), nn.Flatten()).to(memory_format=layout)
+    options = {"likelihood": "gaussian", "fisher": "exact", "factor_fraction": 1.0, "compile": False}
+    options |= {"spatial": "uncorrelated"} if case == "uncorrelated" else {}
+    found = []
+    for m, given in ((model, x), (twin, x.to(memory_format=layout))):
+        optimizer = KFAC(m, lr=0.5, damping=0.1, **options)
+        for _ in range(2):
+            optimizer.zero_grad()
+            m(given).sin().sum().backward()
+            optimizer.step()
+        found.append((optimizer.factors(), [p.detach().contiguous() for p in m.parameters()]))
+    assert twin[0].weight.is_contiguous(memory_format=layout)
+    dense.assert_factors_equal(found[1][0], found[0][0])
+    for p, q in zip(found[1][1], found[0][1], strict=True):
+        dense.assert_exact(p, q)
+
+
 def test_uncorrelated_pixels_are_what_the_full_factor_averages_to():
     """S: the mean over taps of A's blocks, and of its border; the rest of A follows from them."""
     for groups, bias in itertools.product((1, 2), (True, False)):
@@ -220,9 +248,57 @@ def test_tables_and_positions_under_a_linear_network_are_exact(padding_idx):
         assert dense.relative_error(found, block) <= dense.EXACT, name
 
 
+class Indexed(nn.Module):
+    """A table whose rows are picked without an embedding."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.table, self.head, self.call = nn.Parameter(dense.randn(7, 3)), nn.Linear(3, 2), call
+        self.double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.call(self.table, tokens))
+
+
+PICKS = {
+    "table[tokens]": lambda table, tokens: table[tokens],
+    "negative": lambda table, tokens: table[tokens - 7],
+    "index_select": lambda table, tokens: table.index_select(0, tokens.flatten()).unflatten(0, tokens.shape),
+    "torch.embedding": torch.embedding,
+}
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_rows_picked_by_hand_are_an_embedding(pick):
+    model = Indexed(PICKS[pick])
+    factors = exact_factors(model, TOKENS)
+    found = kron_in_table_order(factors["table"])
+    assert dense.relative_error(found, dense.fisher_block(model, TOKENS, "table")) <= dense.EXACT
+
+
 def test_counts_are_those_of_the_tokens():
     factors = exact_factors(Looked(), TOKENS)["table"]
     dense.assert_exact(factors["A"], torch.bincount(TOKENS.flatten(), minlength=7).double() / 8)
+
+
+def test_a_step_of_tables_and_positions_is_the_dense_one():
+    """Factored damping for tables; a vector, one of whose factors is a number, is damped as a whole."""
+    model = Looked()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = KFAC(model, lr=1.0, momentum=0.0, damping=0.1, kl_clip=None, likelihood="gaussian", fisher="exact",
+                     compile=False, factor_fraction=1.0)  # fmt: skip
+    model(TOKENS).sin().mean().backward()
+    optimizer.step()
+    factors = optimizer.factors()
+    assert optimizer.coverage()["table.weight"] == "embedding" and optimizer.coverage()["shift"] == "position"
+    for name, parameter in (("table", "table.weight"), ("places", "places")):
+        A_inv, G_inv = dense.damped_inverses(torch.diag(factors[name]["A"]), factors[name]["G"], 0.1)
+        p = model.get_parameter(parameter)
+        wanted = A_inv @ p.grad.view(-1, 3) @ G_inv
+        dense.assert_exact((before[parameter] - p.detach()).view(-1, 3), wanted)
+    A, G = factors["shift"]["A"], factors["shift"]["G"]
+    wanted = torch.linalg.solve(A * G + 0.1 * torch.eye(3, dtype=F64), model.shift.grad)
+    dense.assert_exact(before["shift"] - model.shift.detach(), wanted)
 
 
 def test_a_table_behind_a_nonlinearity_is_not_exact():
@@ -385,6 +461,18 @@ def test_a_tied_table_has_one_product_that_bounds_the_sum_of_both(bias):
     dense.assert_exact(tied["table"]["G"], G + C / pi)
     added = torch.kron(tied["table"]["G"], tied["table"]["A"]) - torch.kron(G, A) - torch.kron(C, B)
     assert float(torch.linalg.eigvalsh(added).min()) > -1e-12
+
+
+def test_a_step_of_a_tied_table_is_the_dense_one():
+    torch.manual_seed(0)
+    model, tokens = Tied(), torch.tensor([[0, 1, 4], [2, 1, 1]])
+    before = model.table.weight.detach().clone()
+    optimizer = KFAC(model, lr=1.0, momentum=0.0, damping=0.1, kl_clip=None, likelihood="categorical",
+                     fisher="exact", compile=False, factor_fraction=1.0)  # fmt: skip
+    F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+    optimizer.step()
+    A_inv, G_inv = dense.damped_inverses(optimizer.factors()["table"]["A"], optimizer.factors()["table"]["G"], 0.1)
+    dense.assert_exact(before - model.table.weight.detach(), G_inv @ model.table.weight.grad @ A_inv)
 
 
 def test_a_wide_tied_table_is_diagonal_on_the_side_of_the_vocabulary():

@@ -231,6 +231,24 @@ def test_everything_recurrent_is_covered(kind, packed):
     assert set(expected.values()) == {"recurrent", "linear"}
 
 
+def test_packed_sequences_take_no_reduce():
+    """Their rows stand by time, each step with fewer of them, and belong to no even number of positions."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.GRU(3, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(pack_padded_sequence(x, LENGTHS, batch_first=True))[1][0]
+
+    model = Model()
+    optimizer = KFAC(model, likelihood="gaussian", weight_sharing="reduce", compile=False)
+    model(torch.randn(4, 6, 3)).square().sum().backward()
+    with pytest.raises(ValueError, match="use weight_sharing='expand'"):
+        optimizer.step()
+
+
 def test_adaptive_modes_go_through_the_twin():
     """The products with the exact Fisher need forward-mode derivatives, which torch's LSTM on a CPU lacks."""
     torch.manual_seed(0)
@@ -384,6 +402,8 @@ def test_chains_resume_to_the_bit_and_leave_when_another_form_loads_them():
         ({"temporal": "ar1"}, "temporal must be one of 'independent', 'chain_symmetric', 'chain'"),
         ({"temporal": "chain", "approximation": "eigen"}, 'temporal must be "independent" with approximation="eigen"'),
         ({"temporal": "chain", "fisher": "empirical"}, 'temporal must be "independent" with fisher="empirical"'),
+        ({"temporal": "chain", "weight_sharing": "reduce"}, 'temporal must be "independent" with weight_sharing="redu'),
+        ({"spatial": "uncorrelated", "weight_sharing": {"x": "reduce"}}, 'spatial must be "correlated" with weight_sh'),
     ],
 )
 def test_what_chains_do_not_take(options, message):

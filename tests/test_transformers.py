@@ -38,7 +38,7 @@ def factors_and_coverage(model: nn.Module, x: Tensor, **options) -> tuple[dict, 
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_attention_is_covered_whichever_axis_is_first_and_in_inference_mode(separate):
-    """Its fast path, which knows no gradients, is no use of the weights; a module in eval mode is seen like any other."""
+    """Its fast path knows no gradients, and is no use of the weights; a module in eval mode is seen like any other."""
     torch.manual_seed(0)
     model, x = Attended(separate=separate).double(), dense.randn(3, 4, 8)
     found, coverage = factors_and_coverage(model, x)

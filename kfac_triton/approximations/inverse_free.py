@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_triton import factors
+from kfac_triton import distributed, factors
 from kfac_triton.approximations import kronecker
 from kfac_triton.approximations.kronecker import FactorUpdate
 from kfac_triton.blocks.layout import Layout
@@ -37,6 +37,7 @@ def update(updates: Sequence[tuple[FactorUpdate, Tensor, float]]) -> None:
         k = state["factor_updates"]
         k += ok
         measured = kronecker.sums_of(own, weight)
+        distributed.average_([*measured])
         sides = list(zip("AG", measured, kronecker.shapes(own.layout, weight.shape), strict=True))
         beta, b = factors.average_weights(k.to(measured[0].dtype), decay, ok)
         for name, F, shape in sides:

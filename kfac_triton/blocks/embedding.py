@@ -79,6 +79,14 @@ def _match_embedding(
     return TableUse(part, None, input.detach(), transposed=True, leave_out=padding)
 
 
+def _match_plain_embedding(
+    resolve: Resolve, weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, *rest: Any
+) -> TableUse | None:
+    """torch.embedding, to which a padding of -1 is none."""
+    padding = None if padding_idx < 0 else padding_idx
+    return _match_embedding(resolve, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+
+
 def _match_index(resolve: Resolve, table: Any, index: Any) -> TableUse | None:
     whole = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
     if not whole or not isinstance(table, Tensor) or table.dim() != 2:
@@ -156,7 +164,7 @@ ADDITIONS = (
 )  # fmt: skip
 MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
     F.embedding: _match_embedding,
-    torch.embedding: lambda resolve, weight, indices, *rest: _match_embedding(resolve, indices, weight, *rest[:1]),
+    torch.embedding: _match_plain_embedding,
     Tensor.__getitem__: _match_index,
     torch.index_select: _match_index_select,
     Tensor.index_select: _match_index_select,
