@@ -72,9 +72,9 @@ class Settings:
             given = f'approximation="{self.approximation}"'
             given = 'fisher="empirical"' if self.fisher == "empirical" else given
             raise ValueError(f'spatial must be "correlated" with {given}; got {self.spatial!r}')
-        for name, value, usual in (("temporal", self.temporal, TEMPORALS[0]), ("spatial", self.spatial, SPATIALS[0])):
-            if value != usual and "reduce" in self._sharings():
-                raise ValueError(f'{name} must be "{usual}" with weight_sharing="reduce"; got {value!r}')
+        for name, chosen, usual in (("temporal", self.temporal, TEMPORALS[0]), ("spatial", self.spatial, SPATIALS[0])):
+            if chosen != usual and "reduce" in self._sharings():
+                raise ValueError(f'{name} must be "{usual}" with weight_sharing="reduce"; got {chosen!r}')
         self._check_blocks()
         _number("loss_scale", self.loss_scale, above=0.0)
         _number("factor_fraction", self.factor_fraction, above=0.0, most=1.0)

@@ -105,7 +105,8 @@ class Curvature:
         self.blocks = {}
         for weight in self.names:
             stored = state.get(weight, {})
-            if "operation" in stored:
+            rooted = "A" not in stored  # without factors, which an approximation that has them cannot go on from
+            if "operation" in stored and rooted == (self.settings.approximation == "inverse_free"):
                 layout = kronecker.restored_layout(stored, weight)
                 self.blocks[weight] = Block(layout, parameters[int(stored["bias"])] if layout.bias else None)
                 if not self._fits(stored):

@@ -17,7 +17,7 @@ from kfac_triton.tuning.text import load_shakespeare
 
 LENGTH, SENTENCES = 64, 32  # characters of a window, windows of a batch
 JUDGED_WINDOWS = 128
-STEPS, SUMS = 50, 128  # of the adding problem: length of a sequence, sequences of a batch
+STEPS, SUMS = 30, 128  # of the adding problem: length of a sequence, sequences of a batch
 
 
 def small_resnet(data: Path | None, device: torch.device) -> Task:
@@ -110,7 +110,7 @@ def _windowed(text: Tensor) -> Metric:
 
 
 def adding(data: Path | None, device: torch.device) -> Task:
-    """The adding problem over 50 steps (Hochreiter & Schmidhuber 1997): an LSTM of 64 units, batch 128."""
+    """The adding problem over 30 steps (Hochreiter & Schmidhuber 1997): an LSTM of 64 units, batch 128."""
     x, y = (t.to(device) for t in sums(JUDGED, torch.Generator().manual_seed(1)))
     held_x, held_y = (t.to(device) for t in sums(JUDGED, torch.Generator().manual_seed(2)))
     return Task(

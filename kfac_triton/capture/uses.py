@@ -1,0 +1,238 @@
+"""Every use of a known weight in the functions of one pass of K-FAC's own.
+
+It follows weights by identity, so that functional code, packed projections and tied weights need no module type.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from kfac_triton.blocks import conv, embedding, linear, norm, recurrent
+from kfac_triton.blocks.custom import CustomUse, LayerBlock
+from kfac_triton.blocks.use import Part, Use, part_of
+
+MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
+    **linear.MATCHERS,
+    **conv.MATCHERS,
+    **embedding.MATCHERS,
+    **norm.MATCHERS,
+}
+
+
+@dataclass(eq=False, repr=False)
+class Recorded:
+    """A use and the place in the graph where its gradient dy appears; `shape` is dy's, as the operation returned it."""
+
+    use: Use
+    edge: GradientEdge | None
+    shape: torch.Size
+
+    def g(self, dy: Tensor) -> Tensor:
+        return self.use.g(dy.reshape(self.shape))
+
+    def g_by_images(self, dy: Tensor) -> Tensor:
+        return self.use.g_by_images(dy.reshape(self.shape))
+
+
+@dataclass(eq=False, repr=False)
+class Uses:
+    """What one pass saw: the uses of every weight, and the parameters used by something no block covers."""
+
+    recorded: dict[nn.Parameter, list[Recorded]] = field(default_factory=dict)
+    unsupported: dict[nn.Parameter, str] = field(default_factory=dict)
+
+
+class Unrolled(TorchFunctionMode):
+    """In here recurrent layers run step by step, which forward-mode derivatives need."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in recurrent.KINDS:
+            return recurrent.unrolled(func, args, kwargs or {})[0]
+        return func(*args, **(kwargs or {}))
+
+
+class UseRecorder(TorchFunctionMode):
+    """Records every use of `parameters` in the functions called while it is active and gradients are enabled.
+
+    It is also what matchers ask which parameter an argument is.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.uses = Uses()
+        self._known = {id(p): p for p in parameters}
+        self._examples_second = 0
+        self._claimed: Counter[nn.Parameter] = Counter()
+
+    def __call__(self, t: Any) -> Part | None:
+        """Which part of a known parameter t is; None where it is none, or no block of whole rows."""
+        parameter = self.owner(t)
+        return None if parameter is None else part_of(parameter, t)
+
+    def owner(self, t: Any) -> nn.Parameter | None:
+        """The known parameter that t is, is a view of, or was cast from."""
+        return self._owner(t) if isinstance(t, Tensor) else None
+
+    @contextmanager
+    def claimed(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """What uses these parameters in here is left to the block of a module."""
+        self._claimed.update(parameters)
+        try:
+            yield
+        finally:
+            self._claimed.subtract(parameters)
+
+    def record(self, use: Use, out: Tensor) -> None:
+        """Notes a use whose outputs are `out`."""
+        self._record([use], out)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            return self._attention(func, args, kwargs)
+        owners = self._owners((args, kwargs)) if torch.is_grad_enabled() else ()
+        owners = [p for p in owners if not self._claimed[p]]
+        if func in recurrent.KINDS:
+            return self._recurrent(func, args, kwargs, bool(owners))
+        if not owners:
+            return func(*args, **kwargs)
+        matcher = MATCHERS.get(func)
+        found = matcher(self, *args, **kwargs) if matcher is not None else None
+        uses = [found] if isinstance(found, Use) else found or []
+        out = func(*args, **kwargs)
+        if uses and out.grad_fn is not None:
+            self._record(uses, out)
+            covered = {id(part.parameter) for use in uses for part in (use.weight, use.bias) if part is not None}
+            owners = [p for p in owners if id(p) not in covered]
+        elif all(not t.requires_grad or self._owner(t) is not None for t in _tensors(out)):
+            return out
+        for parameter in owners:
+            self.uses.unsupported.setdefault(parameter, getattr(func, "__name__", str(func)))
+        return out
+
+    def _attention(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Re-enters packed attention, so that the projections inside are seen; it puts positions before examples."""
+        query = args[0] if args else kwargs["query"]
+        outside, self._examples_second = self._examples_second, query.shape[1] if query.dim() == 3 else 0
+        try:
+            with self, mock.patch.object(F, "has_torch_function", lambda *_: False):
+                return func(*args, **kwargs)
+        finally:
+            self._examples_second = outside
+
+    def _recurrent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: bool) -> Any:
+        """Runs a recurrent layer step by step, and records the uses of its weights."""
+        out, notes = recurrent.unrolled(func, args, kwargs)
+        for note in notes if known else ():
+            weight = self(note.weight)
+            if weight is None or not weight.whole or (note.outputs.grad_fn is None and not note.outputs.requires_grad):
+                continue
+            even = note.steps[0] == note.steps[-1] and len(note.steps) > 1
+            use = recurrent.RecurrentUse(
+                weight,
+                self(note.bias),
+                note.x.detach(),
+                batch_axis=int(even),
+                examples=note.steps[0] if even else 0,
+                steps=note.steps,
+            )
+            recorded = Recorded(use, get_gradient_edge(note.outputs), note.outputs.shape)
+            self.uses.recorded.setdefault(weight.parameter, []).append(recorded)
+        return out
+
+    def _record(self, uses: Sequence[Use], out: Tensor) -> None:
+        # An operation may return a full view of its result; an in-place successor moves the view's place in the graph,
+        # never the base's.
+        base = out._base if out._is_view() and out._base is not None else out
+        for use in uses:
+            if self._examples_second:
+                use = replace(use, batch_axis=1, examples=self._examples_second)
+            recorded = Recorded(use, get_gradient_edge(base), out.shape)
+            self.uses.recorded.setdefault(use.weight.parameter, []).append(recorded)
+
+    def _owners(self, value: Any) -> list[nn.Parameter]:
+        owners: dict[int, nn.Parameter] = {}
+        for t in _tensors(value):
+            owner = self._owner(t)
+            if owner is not None:
+                owners[id(owner)] = owner
+        return list(owners.values())
+
+    def _owner(self, t: Tensor) -> nn.Parameter | None:
+        """The known parameter that t is, is a view of, or was cast from."""
+        known = self._known.get(id(t))
+        if known is not None or not t.requires_grad or t.grad_fn is None:
+            return known
+        base = t._base if t._is_view() and t._base is not None else t
+        owner = self._known.get(id(base))
+        return owner if owner is not None else self._cast_from(base)
+
+    def _cast_from(self, t: Tensor) -> nn.Parameter | None:
+        if type(t.grad_fn).__name__ != "ToCopyBackward0" or t.grad_fn is None:
+            return None
+        source = getattr(t.grad_fn.next_functions[0][0], "variable", None)
+        return self._known.get(id(source))
+
+
+@contextmanager
+def custom_layers(
+    module: nn.Module, recorder: UseRecorder, blocks: Mapping[type[nn.Module], LayerBlock]
+) -> Iterator[None]:
+    """In here the calls of modules of these types are recorded as the uses that their blocks make of them."""
+    if not blocks:
+        yield
+        return
+    handles: list[Any] = []
+    open_claims: list[tuple[nn.Module, Any]] = []
+
+    def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        claim = recorder.claimed(list(layer.parameters(recurse=False)))
+        claim.__enter__()
+        open_claims.append((layer, claim))
+
+    def after(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        _, claim = open_claims.pop()
+        claim.__exit__(None, None, None)
+        block = next(block for kind, block in blocks.items() if type(layer) is kind)
+        weight = recorder(getattr(layer, block.weight))
+        bias = None if block.bias is None else recorder(getattr(layer, block.bias, None))
+        y = block.output(out)
+        if weight is not None and torch.is_grad_enabled() and y.grad_fn is not None:
+            inputs = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+            x = next((a for a in inputs if isinstance(a, Tensor)), y.detach())
+            use = CustomUse(weight, bias, x, transposed=block.transposed, block=block, layer=layer, inputs=inputs)
+            recorder.record(use, y)
+
+    for layer in module.modules():
+        if type(layer) in blocks:
+            handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
