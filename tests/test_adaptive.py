@@ -120,22 +120,22 @@ def test_a_fixed_wrong_preconditioner_gives_conjugate_gradients(monkeypatch):
 
 
 class Mixed(nn.Module):
-    """A convolution, batch statistics, a tied weight and parameters without a block."""
+    """A convolution, batch statistics, a tied weight and a parameter without a block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2)
-        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.rest, self.inner, self.head = nn.PReLU(2), nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.norm(self.conv(x[:, None]))).flatten(1)
+        x = torch.tanh(self.rest(self.norm(self.conv(x[:, None])))).flatten(1)
         return self.head(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
 
 
 NETWORKS = {
     "mlp": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
     "mixed": Mixed,
-    "bare layer": lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3)),
+    "bare layer": lambda: nn.Sequential(nn.PReLU(6), nn.Linear(6, 3)),
 }
 LOSSES = {
     "gaussian": (lambda z, y: 0.5 * (z - y).square().sum(1).mean(), dense.randn(9, 3, seed=5)),
@@ -182,6 +182,11 @@ def test_a_step_is_the_dense_minimum_of_the_model(name, likelihood, free, most, 
             W, b = module.weight, module.bias
             for p in (W, b):
                 decayed[p] = raw[p] + eta * before[p]
+            if module_name == "norm":  # a block of its own, damped whole
+                A = factor["A"] + damping * torch.eye(4, dtype=F64)
+                V = torch.linalg.solve(A, torch.cat([decayed[W], decayed[b]]))
+                natural[W], natural[b] = -V[: len(W)], -V[len(W) :]
+                continue
             A_inv, G_inv = dense.damped_inverses(factor["A"], factor["G"], damping)
             V = G_inv @ torch.cat([decayed[W].flatten(1), decayed[b][:, None]], 1) @ A_inv
             natural[W], natural[b] = -V[:, :-1].reshape(W.shape), -V[:, -1]
@@ -241,7 +246,7 @@ def test_lr_is_a_multiplier_of_the_adaptive_length():
 def network(dropout: float = 0.3) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.PReLU(8), nn.Dropout(dropout), nn.Linear(8, 3)
     )  # fmt: skip
 
 
@@ -508,7 +513,7 @@ def test_the_ratio_is_that_of_the_same_batch_and_mask():
 
     def objective(m: nn.Module) -> float:
         torch.manual_seed(104)
-        decay = sum(0.05 * p.double().square().sum() for layer in (m[0], m[4]) for p in layer.parameters())
+        decay = sum(0.05 * p.double().square().sum() for layer in (m[0], m[1], m[4]) for p in layer.parameters())
         return float(F.cross_entropy(m(x), y).double() + decay)
 
     before = objective(copy.deepcopy(model))
@@ -545,13 +550,13 @@ def test_the_ratio_on_the_next_batch(momentum):
     told = train(model, optimizer, range(4, 5))[0]
     # parameters without a block are judged where they are now
     for here, there in zip(start.modules(), model.modules(), strict=True):
-        if isinstance(here, nn.BatchNorm1d):
+        if isinstance(here, nn.PReLU):
             here.load_state_dict(there.state_dict())
     x, y = batch(5)
 
     def objective(m: nn.Module) -> float:
         torch.manual_seed(105)
-        decay = sum(0.05 * p.double().square().sum() for layer in (m[0], m[4]) for p in layer.parameters())
+        decay = sum(0.05 * p.double().square().sum() for layer in (m[0], m[1], m[4]) for p in layer.parameters())
         return float(F.cross_entropy(m(x), y).double() + decay)
 
     change = objective(copy.deepcopy(model)) - objective(start)

@@ -53,7 +53,7 @@ NUMBERS = [math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]]
     [
         ("likelihood", ["softmax", "Categorical", 1, nn.CrossEntropyLoss()], '"categorical", "bernoulli", "gaussian"'),
         ("fisher", ["true", "MC", None, 1], "'mc', 'exact', 'empirical'"),
-        ("approximation", ["inverse_free", "kfac", None], "'kronecker', 'tridiagonal', 'eigen'"),
+        ("approximation", ["inverse-free", "kfac", None], "'kronecker', 'tridiagonal', 'eigen', 'inverse_free'"),
         ("weight_sharing", ["mean", None], "'expand', 'reduce'"),
         ("lr", [*NUMBERS, -1e-3, "Adaptive"], ""),
         ("momentum", [*NUMBERS, -0.1, 1.0, 1.5, "Adaptive"], ""),

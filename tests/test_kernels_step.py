@@ -27,7 +27,8 @@ def linear() -> nn.Module:
 class Run:
     """Some steps of K-FAC on random images, kernels or torch."""
 
-    def __init__(self, network, backend: str, monkeypatch, **options) -> None:
+    def __init__(self, network, backend: str, monkeypatch, batch: int = 6, **options) -> None:
+        self.batch = batch
         monkeypatch.setenv("KFAC_TRITON_BACKEND", backend)
         torch.manual_seed(0)
         self.model = network()
@@ -38,8 +39,8 @@ class Run:
 
     def steps(self, count: int, spoil: int = -1) -> None:
         for step in range(count):
-            x = torch.randn(6, 16, 5, 5, generator=self.generator)
-            y = torch.randint(0, 5, (6,), generator=self.generator)
+            x = torch.randn(self.batch, 16, 5, 5, generator=self.generator)
+            y = torch.randint(0, 5, (self.batch,), generator=self.generator)
             self.optimizer.zero_grad()
             nn.functional.cross_entropy(self.model(x), y).backward()
             if step == spoil:
@@ -47,12 +48,13 @@ class Run:
             self.optimizer.step()
 
 
-def check(run: Run, other: Run) -> None:
+def check(run: Run, other: Run, tolerance: float = 1e-4) -> None:
     for p, q in zip(run.model.parameters(), other.model.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance / 10)
     for name, pair in run.optimizer.factors().items():
         for side, F in pair.items():
-            torch.testing.assert_close(F, other.optimizer.factors()[name][side], rtol=1e-4, atol=1e-4 * F.abs().max())
+            E = other.optimizer.factors()[name][side]
+            torch.testing.assert_close(F, E, rtol=tolerance, atol=tolerance * F.abs().max())
 
 
 @pytest.fixture
@@ -88,17 +90,18 @@ def test_a_network_of_convolutions(launches, monkeypatch):
         {"weight_sharing": "reduce", "precision": "bf16"},
         {"max_factor_dim": 20},
         {"approximation": "tridiagonal"},
-        {"approximation": "eigen"},
+        {"approximation": "eigen", "batch": 96},
         {"compile": True},
     ],
     ids=lambda options: " ".join(map(str, options.items())),
 )
 def test_the_optimizers_options(launches, monkeypatch, options):
+    """EKFAC takes a batch of full rank: what lies outside has eigenvectors by rounding alone. bfloat16 rounds apart."""
     runs = []
     for backend in ("torch", "triton"):
         runs.append(Run(linear, backend, monkeypatch, **options))
         runs[-1].steps(3)
-    check(*runs)
+    check(*runs, 1e-2 if options.get("precision") == "bf16" else 1e-4)
     assert {"syrk", "fused_update"} <= launches
     assert ("eigen_scale" in launches) == (options.get("approximation") == "eigen")
 

@@ -134,7 +134,8 @@ def test_damped_inverses_by_iteration_are_those_by_cholesky(interpreter, monkeyp
     newton = ops.newton_schulz_
     monkeypatch.setattr(ops, "newton_schulz_", lambda X, M, residual: (used.append(len(X)), newton(X, M, residual)))
     monkeypatch.setenv("KFAC_TRITON_BACKEND", "triton")
-    pairs = [factors.Pair(A, G, 3e-3, last=last), factors.Pair(A, G, 3e-3)]
+    shapes = factors.Shape(20), factors.Shape(12)
+    pairs = [factors.Pair(A, G, 3e-3, *shapes, last=last), factors.Pair(A, G, 3e-3, *shapes)]
     for found in factors.all_damped_inverses(pairs):
         for inverse, E in zip(found, wanted, strict=True):
             torch.testing.assert_close(inverse, E, rtol=1e-4, atol=1e-4 * E.abs().max().item())
@@ -146,6 +147,6 @@ def test_what_does_not_converge_is_inverted_by_cholesky(interpreter, monkeypatch
     wanted = factors.damped_inverses(A, G, 1e-3)
     monkeypatch.setenv("KFAC_TRITON_BACKEND", "triton")
     last = (torch.full_like(A, torch.nan), -torch.ones_like(G))
-    (found,) = factors.all_damped_inverses([factors.Pair(A, G, 1e-3, last=last)])
+    (found,) = factors.all_damped_inverses([factors.Pair(A, G, 1e-3, factors.Shape(20), factors.Shape(12), last=last)])
     for inverse, E in zip(found, wanted, strict=True):
         assert torch.equal(inverse, E)

@@ -191,7 +191,7 @@ def command(spec: str, storage: str, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def survive(spec: str, storage: str, folder: Path, trials: int = 14) -> None:
+def survive(spec: str, storage: str, folder: Path, trials: int = 20) -> None:
     """A command and three workers that joined it, of which two are killed in the middle of a trial."""
     out = folder / "tuned.json"
     main = subprocess.Popen(
@@ -245,6 +245,7 @@ def test_two_of_four_workers_are_killed_on_a_journal(spec, tmp_path):
     survive(spec, str(tmp_path / "s.journal"), tmp_path)
 
 
+@pytest.mark.slow
 def test_two_of_four_workers_are_killed_on_postgresql(spec, tmp_path, postgresql):
     pytest.importorskip("psycopg2")
     survive(spec, postgresql, tmp_path)

@@ -217,7 +217,7 @@ def test_what_is_wrong_with_a_task_is_one_line(folder, capfd, task, said):
         (["--out", "task.py"], "--out task.py is there and is no tuned file"),
         (["--space", "nowhere.yaml"], "--space nowhere.yaml cannot be read"),
         (["--fix", "lr_rule=adaptive", "--fix", "lr=1"], "counts only where lr_rule is fixed"),
-        (["--baselines", "lion"], "--baselines lion: among sgd, nesterov, adamw, or none"),
+        (["--baselines", "lion"], "--baselines lion: among sgd, nesterov, adamw, soap, kfac-adaptive, or none"),
         (["--pruner", "asha"], "--pruner asha: one of"),
         (["--target", "best"], "--target best: a number, or defaults"),
         (["--device", "cuda:7"], "no such device"),

@@ -232,7 +232,7 @@ def test_nothing_good_keeps_the_defaults(monkeypatch):
         ({"jobs": 2}, "needs a --storage that the processes share"),
         ({"jobs": 2, "storage": "x.journal"}, "needs a task that each process can load"),
         ({"target": "best"}, "--target best: a number, or defaults"),
-        ({"baselines": ("sgd", "lion")}, "--baselines lion: among sgd, nesterov, adamw, or none"),
+        ({"baselines": ("sgd", "lion")}, "--baselines lion: among sgd, nesterov, adamw, soap, kfac-adaptive, or none"),
         ({"baselines": ("kfac",)}, "--baselines kfac"),
         ({"prune": "asha"}, "--pruner asha"),
         ({"device": "cuda:7"}, "no such device"),
