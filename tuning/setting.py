@@ -20,7 +20,7 @@ from kfac_triton.arguments import APPROXIMATIONS, FISHERS
 from kfac_triton.schedules import Cosine, Exponential, Linear, Schedule, WarmUp
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.schedules import SHAPES
-from kfac_triton.tuning.space import MOMENTUM, Choice, Range, Space
+from kfac_triton.tuning.space import KFAC_MOMENTUM, Choice, Range, Space
 from kfac_triton.tuning.task import Task
 
 LR_END = 0.01  # a schedule of lr ends at this share of its start: training beyond it goes on, slowly
@@ -41,7 +41,7 @@ KFAC_SPACE = Space(
         "lr_schedule": Choice(SHAPES),
         "horizon": Choice((1.0, 0.6, 0.35)),
         "warmup": Choice((0.0, 0.05)),
-        "momentum": MOMENTUM,
+        "momentum": KFAC_MOMENTUM,
         "damping": Range(1e-4, 10.0),
         "damping_schedule": Choice(("constant", *FALLING, ADAPTIVE)),
         "damping_end": Range(1e-3, 1.0, ceiling=1.0),

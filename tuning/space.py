@@ -192,6 +192,7 @@ class Space:
 SCHEDULE: dict[str, Range | Choice] = {"schedule": Choice(SHAPES), "warmup": Choice((0.0, 0.05))}
 SCHEDULE_FIRST = {"schedule": "linear", "warmup": 0.05}
 MOMENTUM = Range(0.8, 0.99, below_one=True, ceiling=0.999)
+KFAC_MOMENTUM = Range(0.3, 0.99, below_one=True, ceiling=0.999)  # long natural steps want a shorter memory
 
 SPACES = {
     "sgd": Space(
@@ -249,7 +250,7 @@ SPACES = {
             "lr": Range(1e-2, 1.0),
             "damping": Range(1e-4, 10.0),
             "damping_end": Range(1e-3, 1.0, ceiling=1.0),
-            "momentum": MOMENTUM,
+            "momentum": KFAC_MOMENTUM,
             "kl_clip": Range(1e-4, 1.0),
             "factor_interval": Choice((1, 4, 10)),
             "inverse_interval": Choice((5, 20)),
@@ -265,13 +266,13 @@ SPACES = {
             "inverse_interval": 20,
             **SCHEDULE_FIRST,
         },
-        # deep autoencoders ask for little damping, most other networks for much
+        # deep autoencoders ask for little damping and much momentum, most other networks for the opposite
         second={
-            "lr": 0.1,
-            "damping": 0.03,
+            "lr": 0.3,
+            "damping": 0.01,
             "damping_end": 0.3,
-            "momentum": 0.9,
-            "kl_clip": 1e-3,
+            "momentum": 0.5,
+            "kl_clip": 5e-3,
             "factor_interval": 4,
             "inverse_interval": 20,
             **SCHEDULE_FIRST,
