@@ -80,6 +80,7 @@ _ADAPTIVE = {
 STARTS: dict[str, dict[str, Any]] = {
     "defaults": DEFAULTS,
     "lively": LIVELY,
+    "brisk": {**LIVELY, "lr": 0.3, "damping": 0.01, "momentum": 0.5, "kl_clip": 5e-3, "factor_interval": 5},
     "paper": {**_ADAPTIVE, "damping": 1.0, "damping_schedule": ADAPTIVE, "weight_decay": 1e-5},
     "sure": {**_ADAPTIVE, "damping": 0.03, "damping_schedule": "constant", "factor_fraction": 0.25},
 }  # fmt: skip
