@@ -38,7 +38,8 @@ def test_a_block_from_outside_the_package():
 
 
 def test_every_block_is_in_the_list():
-    assert {name for name in re.findall(r"^\| `(\w+)` \|", DOCUMENT, re.M)} == set(OPERATIONS)
+    listed = DOCUMENT.partition("## Arguments")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", listed, re.M)) == set(OPERATIONS)
 
 
 class Summed(nn.Module):

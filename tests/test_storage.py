@@ -241,6 +241,7 @@ def planned(storage: str) -> bool:
     return any("plan" in summary.user_attrs and summary.n_trials > 0 for summary in found)
 
 
+@pytest.mark.slow
 def test_two_of_four_workers_are_killed_on_a_journal(spec, tmp_path):
     survive(spec, str(tmp_path / "s.journal"), tmp_path)
 
