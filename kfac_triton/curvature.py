@@ -105,8 +105,9 @@ class Curvature:
         self.blocks = {}
         for weight in self.names:
             stored = state.get(weight, {})
-            rooted = "A" not in stored  # without factors, which an approximation that has them cannot go on from
-            if "operation" in stored and rooted == (self.settings.approximation == "inverse_free"):
+            # roots of inverses and factors say nothing of each other: the block begins anew
+            has_factors, needs_factors = "A" in stored, self.settings.approximation != "inverse_free"
+            if "operation" in stored and has_factors == needs_factors:
                 layout = kronecker.restored_layout(stored, weight)
                 self.blocks[weight] = Block(layout, parameters[int(stored["bias"])] if layout.bias else None)
                 if not self._fits(stored):

@@ -87,7 +87,8 @@ def test_a_network_of_convolutions(launches, monkeypatch):
     [
         {"momentum": 0.0, "kl_clip": None},
         {"fisher": "empirical"},
-        {"weight_sharing": "reduce", "precision": "bf16"},
+        {"weight_sharing": "reduce"},
+        {"precision": "bf16"},
         {"max_factor_dim": 20},
         {"approximation": "tridiagonal"},
         {"approximation": "eigen", "batch": 96},
@@ -96,12 +97,14 @@ def test_a_network_of_convolutions(launches, monkeypatch):
     ids=lambda options: " ".join(map(str, options.items())),
 )
 def test_the_optimizers_options(launches, monkeypatch, options):
-    """EKFAC takes a batch of full rank: what lies outside has eigenvectors by rounding alone. bfloat16 rounds apart."""
+    """EKFAC takes a batch of full rank: what lies outside has eigenvectors by rounding alone. bfloat16 may round a
+    number the other way, by 2^-7 of it at most.
+    """
     runs = []
     for backend in ("torch", "triton"):
         runs.append(Run(linear, backend, monkeypatch, **options))
         runs[-1].steps(3)
-    check(*runs, 1e-2 if options.get("precision") == "bf16" else 1e-4)
+    check(*runs, 2**-7 if options.get("precision") == "bf16" else 1e-4)
     assert {"syrk", "fused_update"} <= launches
     assert ("eigen_scale" in launches) == (options.get("approximation") == "eigen")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kfac_triton import KFAC
 from kfac_triton.blocks.layout import OPERATIONS
+from kfac_triton.tuning.problems import BUILT_IN
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "networks.md").read_text()
 
@@ -40,6 +41,28 @@ def test_a_block_from_outside_the_package():
 def test_every_block_is_in_the_list():
     listed = DOCUMENT.partition("## Arguments")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", listed, re.M)) == set(OPERATIONS)
+
+
+MEMORY = DOCUMENT.partition("## Memory")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| `(\S+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", MEMORY, re.M))
+def test_the_memory_of_a_task_is_what_the_table_says(row):
+    name, *said = row
+    task = BUILT_IN[name](None, torch.device("cpu"))
+    if name.startswith("char") and task.data[0]["source"] == "generated":
+        pytest.skip("the table is of tiny Shakespeare's letters: tinyshakespeare/input.txt in $KFAC_DATA")
+    model = task.model()
+    optimizer = KFAC(model, likelihood=task.likelihood, compile=False)
+    for (x, y), _ in zip(task.batches(0), range(3), strict=False):
+        optimizer.zero_grad()
+        task.loss(model(x), y).backward()
+        optimizer.step()
+    usage = optimizer.memory_usage()
+    parameters = sum(p.nbytes for p in model.parameters())
+    assert usage["momentum"] == parameters and usage["fallback"] == 0
+    held = (parameters, usage["factors"], usage["inverses"], usage["rows"])
+    assert [round(size / 1024) for size in held] == [int(number) for number in said]
 
 
 class Summed(nn.Module):

@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_leaves_the_journal_readable(tmp_path, monkeypatch):
     assert optuna.load_study(study_name="s", storage=open_storage(str(path))).user_attrs == {"whole": 1, "next": 2}
 
 
-def test_ctrl_c_waits_for_the_end_of_a_write():
+def test_ctrl_c_waits_for_the_end_of_a_write(interruptible):
     done = []
     with pytest.raises(KeyboardInterrupt):
         with uninterrupted():

@@ -297,7 +297,7 @@ def test_a_journal_that_cannot_grow_is_said_in_a_line(folder):
     assert subprocess.run(command, capture_output=True).returncode == 0, "with room again it goes on"
 
 
-def test_ctrl_c_ends_the_write_says_how_it_stands_and_how_to_go_on(folder):
+def test_ctrl_c_ends_the_write_says_how_it_stands_and_how_to_go_on(folder, interruptible):
     arguments = small("--trials", "40", "--seconds", "0.4", "--pruner", "none")
     running = subprocess.Popen([sys.executable, "-c", MAIN, *arguments], stderr=subprocess.PIPE, text=True)
     for line in running.stderr:

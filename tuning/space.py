@@ -193,6 +193,7 @@ SCHEDULE: dict[str, Range | Choice] = {"schedule": Choice(SHAPES), "warmup": Cho
 SCHEDULE_FIRST = {"schedule": "linear", "warmup": 0.05}
 MOMENTUM = Range(0.8, 0.99, below_one=True, ceiling=0.999)
 KFAC_MOMENTUM = Range(0.3, 0.99, below_one=True, ceiling=0.999)  # long natural steps want a shorter memory
+BRISK = {"lr": 0.3, "damping": 0.01, "damping_end": 0.3, "momentum": 0.5, "kl_clip": 5e-3}
 
 SPACES = {
     "sgd": Space(
@@ -267,16 +268,7 @@ SPACES = {
             **SCHEDULE_FIRST,
         },
         # deep autoencoders ask for little damping and much momentum, most other networks for the opposite
-        second={
-            "lr": 0.3,
-            "damping": 0.01,
-            "damping_end": 0.3,
-            "momentum": 0.5,
-            "kl_clip": 5e-3,
-            "factor_interval": 4,
-            "inverse_interval": 20,
-            **SCHEDULE_FIRST,
-        },
+        second={**BRISK, "factor_interval": 4, "inverse_interval": 20, **SCHEDULE_FIRST},
     ),
 }
 

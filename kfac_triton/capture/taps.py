@@ -67,15 +67,14 @@ class ModuleTaps(Hooks):
         self._on_use, self._on_output = on_use, on_output
         known = set(parameters)
         self.handles.append(module.register_forward_hook(self._after_root, with_kwargs=True))
-        tapped = TAPPED
         unheard = {child.out_proj for child in module.modules() if isinstance(child, nn.MultiheadAttention)}
         elsewhere = {
-            p for child in module.modules() if not isinstance(child, tapped) for p in child.parameters(recurse=False)
+            p for child in module.modules() if not isinstance(child, TAPPED) for p in child.parameters(recurse=False)
         }
         for child in module.modules():
             if child in unheard:
                 continue
-            if isinstance(child, tapped) and child.weight in known and child.weight not in elsewhere:
+            if isinstance(child, TAPPED) and child.weight in known and child.weight not in elsewhere:
                 self.weights.setdefault(cast(nn.Parameter, child.weight), child)
                 self.handles.append(child.register_forward_hook(self._after_layer))
 
