@@ -138,7 +138,10 @@ class Curvature:
         self._report_suspects()
         due = [p for p in parameters if group_of(p)["step"] % group_of(p)["factor_interval"] == 0]
         update = max(group_of(p)["step"] for p in due)
-        found, reasons = self._statistics(kept, parameters, update, unscale)
+        terms = max(group_of(p)["terms_per_example"] for p in due)
+        found, reasons, terms = self._statistics(kept, parameters, update, terms, unscale)
+        for p in due:
+            group_of(p)["terms_per_example"] = terms
         seen_by_all = distributed.common([p in found for p in self.parameters], due[0].device)
         found = {p: found[p] for p, seen in zip(self.parameters, seen_by_all, strict=True) if seen}
         self._note_reasons(reasons, found)
@@ -222,13 +225,16 @@ class Curvature:
         return {name: t for name, t in stored.items() if name in replaced or name.startswith("link_")}
 
     def _statistics(
-        self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, unscale: float | Tensor
-    ) -> tuple[dict[nn.Parameter, kronecker.Statistics], dict[nn.Parameter, str]]:
-        """What the passes saw of every weight, and why other parameters have no block."""
+        self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, terms: int, unscale: float | Tensor
+    ) -> tuple[dict[nn.Parameter, kronecker.Statistics], dict[nn.Parameter, str], int]:
+        """What the passes saw of every weight, why other parameters have no block, and the loss terms of an example.
+
+        `terms`: those of the last update's examples.
+        """
         if self._pass is None:
             assert self._sums is not None
-            return self._sums.take(kept, unscale), self._sums.refused
-        seen = self._pass.run(kept, parameters, update)
+            return self._sums.take(kept, unscale), self._sums.refused, terms
+        seen = self._pass.run(kept, parameters, update, terms)
         known = set(parameters)
         uses = {w: u for w, u in seen.uses.items() if w not in seen.unsupported}
         joint, refused = joint_biases(seen, known)
@@ -256,7 +262,7 @@ class Curvature:
             )
         if self.settings.approximation == "tridiagonal" and statistics:
             self._check_chain(seen, statistics)
-        return statistics, reasons
+        return statistics, reasons, seen.terms_per_example
 
     def _check_chain(self, seen: Seen, statistics: dict[nn.Parameter, kronecker.Statistics]) -> None:
         missing = [self.names[w] for w in self._chain if w not in statistics]

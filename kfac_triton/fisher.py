@@ -24,7 +24,8 @@ from kfac_triton.likelihoods import Likelihood
 
 log = logging.getLogger("kfac_triton")
 
-MIN_SAMPLES = 64
+MIN_EXAMPLES, MIN_SEQUENCES = 64, 8
+MIN_TERMS = 512
 
 Blocks = Mapping[type[nn.Module], LayerBlock]
 
@@ -46,12 +47,14 @@ class SeenUse:
 @dataclass(eq=False, repr=False)
 class Seen:
     """What the passes of one step saw. `terms`: the loss terms in all of them; `unsupported`: parameter -> function;
-    `roots`: where the outputs stand in the backward graph of each pass."""
+    `roots`: where the outputs stand in the backward graph of each pass; `terms_per_example`: loss terms, masked or not.
+    """
 
     uses: dict[nn.Parameter, list[SeenUse]] = field(default_factory=dict)
     unsupported: dict[nn.Parameter, str] = field(default_factory=dict)
     terms: float | Tensor = 0.0
     roots: list[Any] = field(default_factory=list)
+    terms_per_example: int = 1
 
 
 def tensor_of_outputs(returned: Any, output: Callable[[Any], Tensor] | None) -> Tensor:
@@ -116,9 +119,9 @@ def counted_terms(mask: Callable[[Any, Tensor], Tensor], inputs: Inputs, outputs
 class FisherPass:
     """Runs the module on kept inputs and collects the uses of its weights with their gradients.
 
-    `fraction` of each batch is used, never fewer than min(N, 64) examples, from a place that moves with each update;
-    in the k-th update at least 1/k of it, since the first averages stand on so little. Nothing is written to:
-    parameters' `.grad`, buffers (BatchNorm's running statistics) and the global random streams stay as they were.
+    `fraction` of each batch is used, never fewer than `least_examples`, from a place that moves with each update; in
+    the k-th update at least 1/k of it, since the first averages stand on so little. Nothing is written to: parameters'
+    `.grad`, buffers (BatchNorm's running statistics) and the global random streams stay as they were.
     """
 
     module: nn.Module
@@ -131,9 +134,12 @@ class FisherPass:
     blocks: Blocks = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
-    def run(self, kept: list[Inputs], parameters: list[nn.Parameter], update: int) -> Seen:
-        """`update`: the number of this factor update; with `seed` it decides samples, dropout and the part used."""
-        seen = Seen()
+    def run(self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, terms_per_example: int = 1) -> Seen:
+        """`update`: the number of this factor update; with `seed` it decides samples, dropout and the part used.
+
+        `terms_per_example`: what the last update saw.
+        """
+        seen = Seen(terms_per_example=terms_per_example)
         for number, inputs in enumerate(kept):
             seed = _mixed_seed(self.seed, update, number + (distributed.rank() << 32))
             with bare_pass(inputs, parameters[0].device, seed):
@@ -143,13 +149,15 @@ class FisherPass:
     def _one_batch(
         self, inputs: Inputs, parameters: list[nn.Parameter], update: int, seed: int, number: int, seen: Seen
     ) -> None:
-        inputs, recorder, z = self._forward(inputs, parameters, update)
+        inputs, recorder, z = self._forward(inputs, parameters, update, least_examples(seen.terms_per_example))
         terms = self.likelihood.terms_last(z.detach())
         terms = terms.float() if terms.dtype.itemsize < 4 else terms
         valid = None if self.mask is None else counted_terms(self.mask, inputs, z.detach(), terms)
         seen.terms = seen.terms + (terms[..., 0].numel() if valid is None else valid.sum())
         seen.unsupported.update(recorder.uses.unsupported)
         seen.roots.append(z.grad_fn)
+        examples = _batch_size(inputs) if inputs.tensors() else z.shape[0]
+        seen.terms_per_example = max(terms[..., 0].numel() // max(examples, 1), 1)
         recorded = [(w, r) for w, uses in recorder.uses.recorded.items() for r in uses]
         if not recorded or not z.requires_grad:
             return
@@ -165,7 +173,6 @@ class FisherPass:
             for into, dy in zip(dys, found, strict=True):
                 if dy is not None:
                     into.append(dy)
-        examples = _batch_size(inputs) if inputs.tensors() else z.shape[0]
         counted = None if valid is None else valid.flatten()
         for (weight, r), gradients in zip(recorded, dys, strict=True):
             if gradients:
@@ -193,10 +200,10 @@ class FisherPass:
                 yield one.reshape(terms.shape)
 
     def _forward(
-        self, inputs: Inputs, parameters: list[nn.Parameter], update: int
+        self, inputs: Inputs, parameters: list[nn.Parameter], update: int, least: int
     ) -> tuple[Inputs, UseRecorder, Tensor]:
         """The recorded forward pass on a part of the batch, or on all of it where the part cannot be cut out."""
-        part = self._part(inputs, update)
+        part = self._part(inputs, update, least)
         try:
             return part, *self._outputs(part, parameters)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -214,9 +221,9 @@ class FisherPass:
         recorder, returned = recorded_forward(self.module, inputs, parameters, self.blocks)
         return recorder, tensor_of_outputs(returned, self.output)
 
-    def _part(self, inputs: Inputs, update: int) -> Inputs:
+    def _part(self, inputs: Inputs, update: int, least: int) -> Inputs:
         """`fraction` of the examples; all where the batch axis is not plain."""
-        part = part_of_batch(inputs, max(self.fraction, 1 / (update + 1)), update)
+        part = part_of_batch(inputs, max(self.fraction, 1 / (update + 1)), update, least)
         if part is None:
             self._warn(
                 "the model's inputs differ in their first axis, so a part of the batch cannot be cut out; "
@@ -230,7 +237,12 @@ class FisherPass:
             log.warning(message, *values)
 
 
-def part_of_batch(inputs: Inputs, fraction: float, update: int, least: int = MIN_SAMPLES) -> Inputs | None:
+def least_examples(terms_per_example: int) -> int:
+    """64, or of sequences so many that they have 512 loss terms, but 8: terms of one sequence are alike."""
+    return min(max(math.ceil(MIN_TERMS / terms_per_example), MIN_SEQUENCES), MIN_EXAMPLES)
+
+
+def part_of_batch(inputs: Inputs, fraction: float, update: int, least: int) -> Inputs | None:
     """`fraction` of the examples, never fewer than min(N, least), from a place that moves with `update`.
 
     None where the inputs differ in their first axis, so that no part of the batch can be cut out.

@@ -81,8 +81,8 @@ class KFAC(torch.optim.Optimizer):
         factor_decay: beta of the running averages, min(1 - 1/k, factor_decay) at the k-th update.
         factor_interval, inverse_interval: steps between refreshes. In its first interval the inverse is refreshed at
             steps 1, 2, 4, 8, ... too.
-        factor_fraction: the share of the batch (its first axis) for the statistics, never below min(N, 64) examples;
-            in the k-th update at least 1/k.
+        factor_fraction: the share of the batch (its first axis) for the statistics, never below min(N, 64) examples, or
+            of sequences so many that they have 512 loss terms, but 8; in the k-th update at least 1/k.
         quadratic_fraction: the share of the batch for the adaptive modes' products with the exact Fisher. Less than all
             makes cheaper and less certain steps.
         max_factor_dim: a wider side of a weight gets up to four blocks of that width, and a wider one yet a diagonal.
@@ -181,6 +181,7 @@ class KFAC(torch.optim.Optimizer):
             "factor_interval": factor_interval,
             "inverse_interval": inverse_interval,
             "step": 0,
+            "terms_per_example": 1,
         }
         schedules.take_out(defaults)
         arguments.check_group(defaults)
@@ -528,6 +529,8 @@ class KFAC(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("terms_per_example", 1)  # a checkpoint from before it counted
         if self._loaded is not None:
             checkpoint.restore_dtypes(self, self._loaded)
         if self._curvature is not None:

@@ -430,6 +430,47 @@ def test_the_share_of_the_batch(n, fraction, rows):
     assert (len(set(stretches)) > 1) == (rows < n)
 
 
+class Sequences(Counting):
+    """6 outputs at every one of a sequence's places; `seen`: the sequences of each forward pass."""
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        self.seen.append(x)
+        return self.net(x)
+
+
+@pytest.mark.parametrize("places, examples", [(1, 64), (16, 32), (64, 8), (512, 8)])
+def test_of_sequences_512_terms_are_enough_but_8_sequences(places, examples):
+    model = Sequences()
+    optimizer = kfac(model, factor_fraction=1e-3)
+    x = torch.randn(96, places, 6)
+    y = torch.randint(3, (96, places))
+    for k in range(1, 15):
+        model.seen.clear()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+        known = examples if k > 1 else 64
+        assert len(model.seen[1]) == max(known, math.ceil(96 / k))
+    assert len(model.seen[1]) == examples
+
+
+def test_a_checkpoint_that_has_not_counted_terms_loads():
+    model, other = Sequences(), Sequences()
+    optimizer, loaded = kfac(model, factor_fraction=1e-3), kfac(other, factor_fraction=1e-3)
+    x, y = torch.randn(96, 64, 6), torch.randint(3, (96, 64))
+    for _ in range(13):
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0].pop("terms_per_example") == 64
+    loaded.load_state_dict(saved)
+    for expected in (64, 8):
+        other.seen.clear()
+        F.cross_entropy(other(x).flatten(0, 1), y.flatten()).backward()
+        loaded.step()
+        assert len(other.seen[1]) == expected
+
+
 def test_inputs_that_differ_in_their_first_axis_use_the_whole_batch(caplog):
     model = Counting()
     optimizer = kfac(model, factor_fraction=0.125)

@@ -141,15 +141,16 @@ def test_an_edge_beyond_which_nothing_lies_is_no_edge() -> None:
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_the_first_setting_lies_inside_its_space_and_off_its_edges(name: str) -> None:
+def test_the_first_settings_lie_inside_their_space_and_off_its_edges(name: str) -> None:
     space = SPACES[name]
-    assert set(space.first) == set(space.parameters)
-    for parameter, value in space.first.items():
-        allowed = space.parameters[parameter]
-        if isinstance(allowed, Choice):
-            assert value in allowed.values
-        else:
-            assert allowed.edge(value) is None
+    for start in space.starts:
+        assert set(start) == set(space.parameters)
+        for parameter, value in start.items():
+            allowed = space.parameters[parameter]
+            if isinstance(allowed, Choice):
+                assert value in allowed.values
+            else:
+                assert allowed.edge(value) is None
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,7 +1,7 @@
 """What a search may choose, declared before any run: one space for each optimizer, the same for every task.
 
-Each space names its first setting, a known reasonable point, so that a search never ends below it. All share the
-schedule family. A range is a number's; when the winner of the first part of a search sits at its edge,
+Each space names the settings that a search begins with, known reasonable points, so that it never ends below them. All
+share the schedule family. A range is a number's; when the winner of the first part of a search sits at its edge,
 `Space.widened` moves that edge.
 """
 
@@ -122,7 +122,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Space:
-    """Names and what each may be; `first` is the setting that is tried first, `second`, if there is one, after it.
+    """Names and what each may be; `first` is the setting that is tried first, then `others` in their order.
 
     `conditions`: {name: (other, values)} for a parameter that counts only where `other`, named before it, has one of
     these values.
@@ -131,7 +131,11 @@ class Space:
     parameters: dict[str, Range | Choice]
     first: dict[str, Any]
     conditions: Mapping[str, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
-    second: dict[str, Any] = field(default_factory=dict)
+    others: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def starts(self) -> tuple[dict[str, Any], ...]:
+        return self.first, *self.others
 
     def counts(self, name: str, setting: Mapping[str, Any]) -> bool:
         """Whether `setting`, as far as it is known, leaves the parameter a meaning."""
@@ -193,16 +197,28 @@ SCHEDULE: dict[str, Range | Choice] = {"schedule": Choice(SHAPES), "warmup": Cho
 SCHEDULE_FIRST = {"schedule": "linear", "warmup": 0.05}
 MOMENTUM = Range(0.8, 0.99, below_one=True, ceiling=0.999)
 KFAC_MOMENTUM = Range(0.3, 0.99, below_one=True, ceiling=0.999)  # long natural steps want a shorter memory
+# deep autoencoders ask for little damping and much momentum, most other networks for the opposite, and those that read
+# sequences for a damping that falls far
 BRISK = {"lr": 0.3, "damping": 0.01, "damping_end": 0.3, "momentum": 0.5, "kl_clip": 5e-3}
+STEEP = {**BRISK, "damping_end": 0.03, "kl_clip": 0.01}
+
+SGD_FIRST = {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.0, **SCHEDULE_FIRST}
+NESTEROV_FIRST = {"lr": 3e-3, "mu_max": 0.99, **SCHEDULE_FIRST}
+ADAMW_FIRST = {"lr": 2e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, **SCHEDULE_FIRST}
+SOAP_FIRST = {
+    "lr": 3e-3, "beta1": 0.95, "beta2": 0.95, "precondition_frequency": 10, "weight_decay": 0.0, **SCHEDULE_FIRST,
+}  # fmt: skip
 
 SPACES = {
     "sgd": Space(
         {"lr": Range(1e-4, 1.0), "momentum": MOMENTUM, "weight_decay": Choice((0.0, 1e-5)), **SCHEDULE},
-        {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.0, **SCHEDULE_FIRST},
+        SGD_FIRST,
+        others=({**SGD_FIRST, "lr": 0.1},),
     ),
     "nesterov": Space(
         {"lr": Range(1e-4, 1.0), "mu_max": Choice((0.999, 0.995, 0.99, 0.9, 0.0)), **SCHEDULE},
-        {"lr": 3e-3, "mu_max": 0.99, **SCHEDULE_FIRST},
+        NESTEROV_FIRST,
+        others=({**NESTEROV_FIRST, "lr": 0.1, "mu_max": 0.9},),
     ),
     "adamw": Space(
         {
@@ -212,7 +228,8 @@ SPACES = {
             "weight_decay": Choice((0.0, 1e-2)),
             **SCHEDULE,
         },
-        {"lr": 2e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, **SCHEDULE_FIRST},
+        ADAMW_FIRST,
+        others=({**ADAMW_FIRST, "lr": 1e-2},),
     ),
     "soap": Space(
         {
@@ -223,7 +240,8 @@ SPACES = {
             "weight_decay": Choice((0.0, 1e-2)),
             **SCHEDULE,
         },
-        {"lr": 3e-3, "beta1": 0.95, "beta2": 0.95, "precondition_frequency": 10, "weight_decay": 0.0, **SCHEDULE_FIRST},
+        SOAP_FIRST,
+        others=({**SOAP_FIRST, "lr": 1e-2},),
     ),
     "kfac-adaptive": Space(
         {
@@ -254,7 +272,7 @@ SPACES = {
             "momentum": KFAC_MOMENTUM,
             "kl_clip": Range(1e-4, 1.0),
             "factor_interval": Choice((1, 4, 10)),
-            "inverse_interval": Choice((5, 20)),
+            "inverse_interval": Choice((4, 20)),
             **SCHEDULE,
         },
         {
@@ -267,8 +285,9 @@ SPACES = {
             "inverse_interval": 20,
             **SCHEDULE_FIRST,
         },
-        # deep autoencoders ask for little damping and much momentum, most other networks for the opposite
-        second={**BRISK, "factor_interval": 4, "inverse_interval": 20, **SCHEDULE_FIRST},
+        others=tuple(
+            {**start, "factor_interval": 4, "inverse_interval": 4, **SCHEDULE_FIRST} for start in (BRISK, STEEP)
+        ),
     ),
 }
 

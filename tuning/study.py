@@ -158,10 +158,8 @@ class Search:
     def _enqueue_known(self, done: int, space: Space, edges: dict[str, Any]) -> None:
         if any(trial.state == TrialState.WAITING for trial in self.study.trials):
             return
-        if done == 0:
-            self.study.enqueue_trial(self.declared.drawn(self.declared.first))
-        elif done == 1 and self.declared.second:
-            self.study.enqueue_trial(self.declared.drawn(self.declared.second))
+        if done < len(self.declared.starts):
+            self.study.enqueue_trial(self.declared.drawn(self.declared.starts[done]))
         elif done == self._declared_trials() and edges:
             winner = best(self.rows())
             if winner:

@@ -364,9 +364,10 @@ class Tuning:
             if study.get_trials(deepcopy=False):
                 continue
             search = self._searcher(name, study, math.inf)
-            known = (
-                settings_of.starts(search.space, self._earlier()) if name == "kfac" else {"first": search.space.first}
-            )
+            if name == "kfac":
+                known = settings_of.starts(search.space, self._earlier())
+            else:
+                known = dict(zip(("first", "second"), search.space.starts, strict=True))
             for start, setting in known.items():
                 search.trials.enqueue(search.space.drawn(setting), start)
 
@@ -579,8 +580,9 @@ class Tuning:
 
 def with_horizon(space: Space) -> Space:
     """A baseline's space with the end of its schedule free, as K-FAC's is."""
-    horizon = settings_of.KFAC_SPACE.parameters["horizon"]
-    return replace(space, parameters={**space.parameters, "horizon": horizon}, first={**space.first, "horizon": 1.0})
+    first, *others = ({**start, "horizon": 1.0} for start in space.starts)
+    parameters = {**space.parameters, "horizon": settings_of.KFAC_SPACE.parameters["horizon"]}
+    return replace(space, parameters=parameters, first=first, others=tuple(others))
 
 
 def _listed(results: Sequence[Result]) -> str:
