@@ -88,11 +88,13 @@ def window_of(flat: Sequence[int]) -> Window:
 
 def patches(image: Tensor, window: Window, groups: int) -> Tensor:
     """P (n, d), or (groups, n, d) where there are several."""
-    padded = torch.nn.functional.pad(image, window.padding) if any(window.padding) else image
-    found = torch.nn.functional.unfold(padded, window.kernel, dilation=window.dilation, stride=window.stride)
+    pixels = torch.nn.functional.pad(image.movedim(1, -1).contiguous(), (0, 0, *window.padding))
+    for axis in (1, 2):
+        reach = window.dilation[axis - 1] * (window.kernel[axis - 1] - 1) + 1
+        pixels = pixels.unfold(axis, reach, window.stride[axis - 1])[..., :: window.dilation[axis - 1]]
+    by_group = pixels.unflatten(3, (groups, -1))  # (N, down, across, groups, C / groups, taps down, taps across)
     taps = window.kernel[0] * window.kernel[1]
-    by_channel: Tensor = found.unflatten(1, (groups, -1, taps))  # (N, groups, C / groups, taps, positions)
-    rows = by_channel.permute(1, 0, 4, 3, 2).reshape(groups, -1, by_channel.shape[2] * taps)
+    rows: Tensor = by_group.permute(3, 0, 1, 2, 5, 6, 4).reshape(groups, -1, by_group.shape[4] * taps)
     return rows if groups > 1 else rows[0]
 
 
