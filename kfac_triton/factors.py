@@ -6,7 +6,7 @@ of a grouped convolution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -193,12 +193,14 @@ def all_damped_inverses(pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor] | N
     """`damped_inverses` of many weights.
 
     Where `ops.iterates` says so, sides with a last inverse take the Newton iteration from it, all at once, and
-    Cholesky only if that does not converge.
+    Cholesky only if that does not converge. Sides of the same width are factorised together, and by themselves only if
+    one of them has no inverse.
     """
     sides = [side for pair in pairs for side in _sides(pair)]
     found: dict[int, Tensor] = {}
     if sides and ops.iterates(sides[0].F.device):
         found = _iterated(sides)
+    found |= _factorised({i: side for i, side in enumerate(sides) if i not in found})
     inverses: list[tuple[Tensor, Tensor] | None] = []
     for i in range(0, len(sides), 2):
         A_inv = _inverse_of(sides[i], found.get(i))
@@ -263,6 +265,24 @@ def _iterated(sides: Sequence[_Side]) -> dict[int, Tensor]:
     return {i: x for (i, _, _), x, error in zip(warm, X, left, strict=True) if error <= CONVERGED}
 
 
+def _factorised(sides: Mapping[int, _Side]) -> dict[int, Tensor]:
+    """Inverses by Cholesky of matrices that share their width with others, by the number of their side."""
+    alike: dict[tuple[int, torch.dtype], list[int]] = {}
+    for i, side in sides.items():
+        if side.shape.form == "dense" and side.F.dim() == 2:
+            alike.setdefault((len(side.F), side.F.dtype), []).append(i)
+    found: dict[int, Tensor] = {}
+    for numbers in alike.values():
+        if len(numbers) > 1:
+            own = [sides[i] for i in numbers]
+            scale = torch.stack([torch.where(side.present, side.scale, 0.0) for side in own])
+            F = torch.stack([side.F for side in own]).mul_(_expand(scale, own[0].F, False))
+            inverses = _cholesky_inverse_(F, torch.stack([side.d for side in own]))
+            if inverses is not None:
+                found |= zip(numbers, (inverse.clone() for inverse in inverses), strict=True)
+    return found
+
+
 def _expand(scale: Tensor, F: Tensor, diagonal: bool) -> Tensor:
     return scale.reshape(*scale.shape, *(1,) * (1 if diagonal else 2))
 
@@ -291,8 +311,8 @@ def _cholesky_inverse_(F: Tensor, d: Tensor) -> Tensor | None:
     """(F + d I)^-1, or None where it has no finite one; writes over F."""
     F.diagonal(dim1=-2, dim2=-1).add_(d.unsqueeze(-1))
     factor, info = torch.linalg.cholesky_ex(F)
-    # cholesky_inverse raises on a factor with a zero on its diagonal
-    if bool((info != 0).any() | ~torch.isfinite(factor).all()):
+    # cholesky_inverse raises on a factor with a zero on its diagonal; what is not finite shows there, row by row
+    if bool(info.any() | ~torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all()):
         return None
     inverse = torch.cholesky_inverse(factor)
     return inverse if bool(torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all()) else None

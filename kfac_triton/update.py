@@ -126,12 +126,17 @@ def step_(plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
 def _plain_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
     grads, V = precondition(plan, hyper, blocks)
     nu = _trust_region(plan, hyper, _dots(plan, V, grads, blocks.weights)) if plan.trust_region else None
+    moves: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for i, layer in enumerate(plan.layers):
         V_weight, V_bias = layer.layout.split(V[i], blocks.weights[i].shape)
-        scale = None if nu is None else nu[layer.group]
-        _move_(plan, hyper, layer.group, blocks.weights[i], blocks.weight_buffers[i], V_weight, scale)
+        own = moves.setdefault((layer.group, layer.group), [])
+        own.append((blocks.weights[i], blocks.weight_buffers[i], V_weight))
         if V_bias is not None and layer.bias_has_grad:
-            _move_(plan, hyper, layer.bias_group, blocks.biases[i], blocks.bias_buffers[i], V_bias, scale)
+            own = moves.setdefault((layer.bias_group, layer.group), [])
+            own.append((blocks.biases[i], blocks.bias_buffers[i], V_bias))
+    for (group, region), tensors in moves.items():
+        W, buffers, directions = (list(ts) for ts in zip(*tensors, strict=True))
+        _move_(plan, hyper, group, W, buffers, directions, None if nu is None else nu[region])
 
 
 def _fused_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
@@ -269,22 +274,32 @@ def _dots(plan: Plan, V: list[Tensor], grads: list[Tensor], weights: list[Tensor
 def _trust_region(plan: Plan, hyper: Hyper, dots: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     """nu by group: one bound on the whole model's step, which each group's kl_clip may set its own way."""
     total = dots[0][0].new_zeros(()) if dots else hyper.finite.new_zeros((), dtype=torch.float32)
+    by_group: dict[int, list[Tensor]] = {}
     for layer, pair in zip(plan.layers, dots, strict=True):
         for dot, group in zip(pair, (layer.group, layer.bias_group), strict=False):
-            total = total + dot * hyper.lr[group] ** 2
+            by_group.setdefault(group, []).append(dot)
+    for group, own in by_group.items():
+        total = total + torch.stack(own).sum() * hyper.lr[group] ** 2
     total = total.clamp(min=torch.finfo(total.dtype).tiny)
     return [torch.sqrt(2 * kl_clip / total).clamp(max=1.0) for kl_clip in hyper.kl_clip]
 
 
 def _move_(
-    plan: Plan, hyper: Hyper, group: int, parameter: Tensor, buffer: Tensor, V: Tensor, nu: Tensor | None
+    plan: Plan,
+    hyper: Hyper,
+    group: int,
+    parameters: list[Tensor],
+    buffers: list[Tensor],
+    V: list[Tensor],
+    nu: Tensor | None,
 ) -> None:
-    direction = V if nu is None else V * nu
+    directions = V if nu is None else list(torch._foreach_mul(V, nu))
     lr, momentum = _gated(plan, hyper, group)
     if plan.momentum:
-        buffer.mul_(momentum).add_(direction)
-        direction = buffer
-    _add_scaled_(parameter, direction, lr, -1.0)
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, directions)
+        directions = buffers
+    torch._foreach_sub_(parameters, torch._foreach_mul(directions, lr))
 
 
 def _gated(plan: Plan, hyper: Hyper, group: int) -> tuple[Scalar, Scalar]:
@@ -293,13 +308,6 @@ def _gated(plan: Plan, hyper: Hyper, group: int) -> tuple[Scalar, Scalar]:
     if not plan.gated:
         return lr, momentum
     return torch.where(hyper.finite, lr, 0.0), torch.where(hyper.finite, momentum, 1.0)
-
-
-def _add_scaled_(parameter: Tensor, direction: Tensor, scale: Scalar, sign: float) -> None:
-    if isinstance(scale, Tensor):
-        parameter.add_(direction * scale, alpha=sign)
-    else:
-        parameter.add_(direction, alpha=sign * scale)
 
 
 def adamw_(plan: Plan, hyper: Hyper, group: int, fallback: Fallback, i: int) -> None:

@@ -463,3 +463,27 @@ def test_without_new_inverses_the_last_ones_stay():
     assert kronecker.update_inverses([kronecker.Refresh(state, plain, 0.1, weight.shape)]) == [False]
     assert torch.equal(state["A_inv"], kept[0])
     assert torch.equal(state["G_inv"], kept[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_sides_inverted_together_are_those_inverted_alone(dtype):
+    """But for rounding: of equal widths and others, with a factor that vanishes; each has memory of its own."""
+    pairs = [(spd(5, 1), spd(4, 2)), (spd(5, 3), spd(5, 4)), (spd(3, 5), spd(4, 6)), (torch.zeros(5, 5), spd(5, 7))]
+    pairs = [(A.to(dtype), G.to(dtype)) for A, G in pairs]
+    found = factors.all_damped_inverses(
+        [factors.Pair(A, G, 0.1 * i, factors.shape_of(A), factors.shape_of(G)) for i, (A, G) in enumerate(pairs, 1)]
+    )
+    alone = [factors.damped_inverses(A, G, 0.1 * i) for i, (A, G) in enumerate(pairs, 1)]
+    torch.testing.assert_close(found, alone)
+    inverses_of_all = [F for both in found for F in both]
+    assert all(F.untyped_storage().nbytes() == F.nbytes for F in inverses_of_all)
+
+
+def test_a_side_without_an_inverse_leaves_those_it_was_inverted_with_alone():
+    good, bad = spd(4, 1), torch.diag(as_tensor([2.0, -1e-3, 1.0, 1.0]))
+    pairs = [(good, spd(3, 2)), (bad, spd(3, 3)), (spd(4, 4), spd(3, 5))]
+    found = factors.all_damped_inverses(
+        [factors.Pair(A, G, 0.0, factors.shape_of(A), factors.shape_of(G)) for A, G in pairs]
+    )
+    assert found[1] is None
+    torch.testing.assert_close([found[0], found[2]], [factors.damped_inverses(*pairs[i], 0.0) for i in (0, 2)])
