@@ -80,8 +80,8 @@ _ADAPTIVE = {
 STARTS: dict[str, dict[str, Any]] = {
     "defaults": DEFAULTS,
     "lively": LIVELY,
-    "brisk": {**LIVELY, **BRISK, "factor_interval": 5, "inverse_interval": 5},
-    "steep": {**LIVELY, **STEEP, "factor_interval": 5, "inverse_interval": 5},
+    "brisk": {**LIVELY, **BRISK, "factor_interval": 5, "inverse_interval": 10},
+    "steep": {**LIVELY, **STEEP, "factor_interval": 5, "inverse_interval": 10},
     "paper": {**_ADAPTIVE, "damping": 1.0, "damping_schedule": ADAPTIVE, "weight_decay": 1e-5},
     "sure": {**_ADAPTIVE, "damping": 0.03, "damping_schedule": "constant", "factor_fraction": 0.25},
 }  # fmt: skip

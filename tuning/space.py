@@ -199,8 +199,8 @@ MOMENTUM = Range(0.8, 0.99, below_one=True, ceiling=0.999)
 KFAC_MOMENTUM = Range(0.3, 0.99, below_one=True, ceiling=0.999)  # long natural steps want a shorter memory
 # deep autoencoders ask for little damping and much momentum, most other networks for the opposite, and those that read
 # sequences for a damping that falls far
-BRISK = {"lr": 0.3, "damping": 0.01, "damping_end": 0.3, "momentum": 0.5, "kl_clip": 5e-3}
-STEEP = {**BRISK, "damping_end": 0.03, "kl_clip": 0.01}
+BRISK = {"lr": 0.3, "damping": 0.01, "damping_end": 0.3, "momentum": 0.5, "kl_clip": 0.01}
+STEEP = {**BRISK, "damping_end": 0.03}
 
 SGD_FIRST = {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.0, **SCHEDULE_FIRST}
 NESTEROV_FIRST = {"lr": 3e-3, "mu_max": 0.99, **SCHEDULE_FIRST}
@@ -272,7 +272,7 @@ SPACES = {
             "momentum": KFAC_MOMENTUM,
             "kl_clip": Range(1e-4, 1.0),
             "factor_interval": Choice((1, 4, 10)),
-            "inverse_interval": Choice((4, 20)),
+            "inverse_interval": Choice((10, 20)),
             **SCHEDULE,
         },
         {
@@ -286,7 +286,7 @@ SPACES = {
             **SCHEDULE_FIRST,
         },
         others=tuple(
-            {**start, "factor_interval": 4, "inverse_interval": 4, **SCHEDULE_FIRST} for start in (BRISK, STEEP)
+            {**start, "factor_interval": 10, "inverse_interval": 10, **SCHEDULE_FIRST} for start in (BRISK, STEEP)
         ),
     ),
 }
