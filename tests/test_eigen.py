@@ -194,7 +194,7 @@ def test_the_trust_region_bounds_the_step():
         torch.testing.assert_close(d, nu * w)
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_goes_down_and_resumes_to_the_bit(compile):
     model = network(torch.float32)
     optimizer = optimizer_of(model, compile=compile, inverse_interval=2)

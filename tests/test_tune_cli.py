@@ -285,6 +285,7 @@ def test_a_disk_that_fills_leaves_the_old_file_whole(folder, capfd):
     assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
 
 
+@pytest.mark.slow
 def test_a_journal_that_cannot_grow_is_said_in_a_line(folder):
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
