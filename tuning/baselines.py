@@ -183,7 +183,8 @@ def find_entrant(name: str) -> Entrant:
 
 def in_force(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Every hyper-parameter of a fresh optimizer, defaults included: its first group's and K-FAC's settings."""
-    group = {name: value for name, value in optimizer.param_groups[0].items() if name not in ("params", "step")}
+    counters = ("params", "step", "terms_per_example")
+    group = {name: value for name, value in optimizer.param_groups[0].items() if name not in counters}
     plain = (bool, int, float, str, tuple, type(None))
     every = {**group, **getattr(optimizer, "settings", {})}
     return {name: value if isinstance(value, plain) else repr(value) for name, value in every.items()}
