@@ -88,7 +88,9 @@ def window_of(flat: Sequence[int]) -> Window:
 
 def patches(image: Tensor, window: Window, groups: int) -> Tensor:
     """P (n, d), or (groups, n, d) where there are several."""
-    pixels = torch.nn.functional.pad(image.movedim(1, -1).contiguous(), (0, 0, *window.padding))
+    pixels = image.movedim(1, -1).contiguous()
+    if any(window.padding):
+        pixels = torch.nn.functional.pad(pixels, (0, 0, *window.padding))
     for axis in (1, 2):
         reach = window.dilation[axis - 1] * (window.kernel[axis - 1] - 1) + 1
         pixels = pixels.unfold(axis, reach, window.stride[axis - 1])[..., :: window.dilation[axis - 1]]

@@ -17,6 +17,9 @@ from kfac_triton import ops, uncorrelated
 from kfac_triton.ops import OneHot, Patches, Rows
 
 _ESCALATIONS = 6
+# The widest sides that are factorised together, which copies all of them: the inverses of six pairs took 0.42 of the
+# time at a width of 17, 0.57 at 64, 0.98 at 128 and 1.05 at 256 (medians, two cores).
+TOGETHER = 96
 CONVERGED = 1e-2  # ||I - M X||_F of an iterated inverse: at most one percent off in any direction
 
 
@@ -193,8 +196,8 @@ def all_damped_inverses(pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor] | N
     """`damped_inverses` of many weights.
 
     Where `ops.iterates` says so, sides with a last inverse take the Newton iteration from it, all at once, and
-    Cholesky only if that does not converge. Sides of the same width are factorised together, and by themselves only if
-    one of them has no inverse.
+    Cholesky only if that does not converge. Narrow sides of the same width are factorised together, and by themselves
+    only if one of them has no inverse.
     """
     sides = [side for pair in pairs for side in _sides(pair)]
     found: dict[int, Tensor] = {}
@@ -269,7 +272,7 @@ def _factorised(sides: Mapping[int, _Side]) -> dict[int, Tensor]:
     """Inverses by Cholesky of matrices that share their width with others, by the number of their side."""
     alike: dict[tuple[int, torch.dtype], list[int]] = {}
     for i, side in sides.items():
-        if side.shape.form == "dense" and side.F.dim() == 2:
+        if side.shape.form == "dense" and side.F.dim() == 2 and len(side.F) <= TOGETHER:
             alike.setdefault((len(side.F), side.F.dtype), []).append(i)
     found: dict[int, Tensor] = {}
     for numbers in alike.values():

@@ -238,7 +238,8 @@ class FisherPass:
 
 
 def least_examples(terms_per_example: int) -> int:
-    """64, or of sequences so many that they have 512 loss terms, but 8: terms of one sequence are alike."""
+    """The fewest examples of an update: 64; of sequences, whose terms are alike, as many as have 512 loss terms, and at
+    least 8."""
     return min(max(math.ceil(MIN_TERMS / terms_per_example), MIN_SEQUENCES), MIN_EXAMPLES)
 
 

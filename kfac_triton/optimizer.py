@@ -81,8 +81,8 @@ class KFAC(torch.optim.Optimizer):
         factor_decay: beta of the running averages, min(1 - 1/k, factor_decay) at the k-th update.
         factor_interval, inverse_interval: steps between refreshes. In its first interval the inverse is refreshed at
             steps 1, 2, 4, 8, ... too.
-        factor_fraction: the share of the batch (its first axis) for the statistics, never below min(N, 64) examples, or
-            of sequences so many that they have 512 loss terms, but 8; in the k-th update at least 1/k.
+        factor_fraction: the share of the batch (its first axis) for the statistics, never below min(N, 64) examples; of
+            sequences, never below as many as have 512 loss terms, nor below 8. In the k-th update at least 1/k.
         quadratic_fraction: the share of the batch for the adaptive modes' products with the exact Fisher. Less than all
             makes cheaper and less certain steps.
         max_factor_dim: a wider side of a weight gets up to four blocks of that width, and a wider one yet a diagonal.

@@ -430,17 +430,9 @@ def test_the_share_of_the_batch(n, fraction, rows):
     assert (len(set(stretches)) > 1) == (rows < n)
 
 
-class Sequences(Counting):
-    """6 outputs at every one of a sequence's places; `seen`: the sequences of each forward pass."""
-
-    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
-        self.seen.append(x)
-        return self.net(x)
-
-
 @pytest.mark.parametrize("places, examples", [(1, 64), (16, 32), (64, 8), (512, 8)])
 def test_of_sequences_512_terms_are_enough_but_8_sequences(places, examples):
-    model = Sequences()
+    model = Counting()
     optimizer = kfac(model, factor_fraction=1e-3)
     x = torch.randn(96, places, 6)
     y = torch.randint(3, (96, places))
@@ -455,7 +447,7 @@ def test_of_sequences_512_terms_are_enough_but_8_sequences(places, examples):
 
 
 def test_a_checkpoint_that_has_not_counted_terms_loads():
-    model, other = Sequences(), Sequences()
+    model, other = Counting(), Counting()
     optimizer, loaded = kfac(model, factor_fraction=1e-3), kfac(other, factor_fraction=1e-3)
     x, y = torch.randn(96, 64, 6), torch.randint(3, (96, 64))
     for _ in range(13):

@@ -479,6 +479,21 @@ def test_sides_inverted_together_are_those_inverted_alone(dtype):
     assert all(F.untyped_storage().nbytes() == F.nbytes for F in inverses_of_all)
 
 
+def test_narrow_sides_of_a_width_share_one_factorisation(monkeypatch):
+    batches = []
+    cholesky_inverse_ = factors._cholesky_inverse_
+
+    def counted(F, d):
+        batches.append(tuple(F.shape))
+        return cholesky_inverse_(F, d)
+
+    monkeypatch.setattr(factors, "_cholesky_inverse_", counted)
+    wide = factors.TOGETHER + 1
+    pairs = [(spd(5, 1), spd(4, 2)), (spd(5, 3), spd(4, 4)), (spd(wide, 5), spd(wide, 6))]
+    factors.all_damped_inverses([factors.Pair(A, G, 0.1, factors.shape_of(A), factors.shape_of(G)) for A, G in pairs])
+    assert batches == [(2, 5, 5), (2, 4, 4), (wide, wide), (wide, wide)]
+
+
 def test_a_side_without_an_inverse_leaves_those_it_was_inverted_with_alone():
     good, bad = spd(4, 1), torch.diag(as_tensor([2.0, -1e-3, 1.0, 1.0]))
     pairs = [(good, spd(3, 2)), (bad, spd(3, 3)), (spd(4, 4), spd(3, 5))]

@@ -13,7 +13,7 @@ from torch import nn
 
 from kfac_triton import KFAC
 from kfac_triton.tuning import datasets, problems, trainer
-from kfac_triton.tuning.baselines import apply_schedule, find_entrant, initial_values
+from kfac_triton.tuning.baselines import apply_schedule, find_entrant, in_force, initial_values
 from kfac_triton.tuning.problems import CURVES_WIDTHS, FACES_WIDTHS, MNIST_WIDTHS, autoencoder, find_task
 from kfac_triton.tuning.space import SPACES
 from kfac_triton.tuning.trainer import GROWN, GROWN_AT, Budget, endless, grown, train, train_step
@@ -238,3 +238,10 @@ def test_the_convolutional_task_takes_rows_of_pixels_and_trains(monkeypatch: pyt
             task.loss(model(inputs), targets).backward()
             optimizer.step()
     assert task.evaluate(model) < 0.8 * before
+
+
+def test_hyper_parameters_in_force_are_what_was_chosen_and_the_defaults_but_no_counters() -> None:
+    task = find_task("digits-autoencoder")
+    found = in_force(find_entrant("kfac").build(task.model(), task, {"lr": 0.25}, False))
+    assert found["lr"] == 0.25 and found["momentum"] == 0.9 and found["approximation"] == "kronecker"
+    assert not found.keys() & {"params", "step", "terms_per_example"}

@@ -89,6 +89,12 @@ def test_the_first_trials_are_the_known_settings_and_the_seed_is_held_out(done):
     assert seeds == {str(HELD_OUT), str(HELD_OUT + 1)}
 
 
+def test_a_baseline_with_a_single_known_setting_is_searched(tmp_path):
+    path = tmp_path / "t.journal"
+    tune(TASK, **{**QUICK, "trials": 2, "seeds": 1}, baselines=("kfac-adaptive",), storage=str(path))
+    assert [result.start for result in studies(path)["product/kfac-adaptive"].results()] == ["first", ""]
+
+
 def test_the_file_makes_the_optimizer(done, tmp_path):
     result, _ = done
     result.save(tmp_path / "tuned.json")

@@ -46,6 +46,7 @@ from kfac_triton.tuning.trainer import evaluate
 from kfac_triton.tuning.trials import HOST, REACHED, Result, Trials
 
 HELD_OUT = 10_000  # the first seed that no search has seen
+ORDINALS = ("first", "second", "third")  # what the starts of a baseline are called
 COMPILED_FROM = 30.0  # seconds of a run: shorter ones would mostly compile
 TILE_SECONDS = 900.0  # of a timeout that must be left for kernel tiles to be measured
 EVALUATING = 0.2  # of a run's seconds, at most, in evaluations
@@ -367,7 +368,7 @@ class Tuning:
             if name == "kfac":
                 known = settings_of.starts(search.space, self._earlier())
             else:
-                known = dict(zip(("first", "second"), search.space.starts, strict=True))
+                known = {ORDINALS[place]: start for place, start in enumerate(search.space.starts)}
             for start, setting in known.items():
                 search.trials.enqueue(search.space.drawn(setting), start)
 
