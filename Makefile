@@ -10,7 +10,7 @@ demo: $(STAMP)  ## race K-FAC against SGD and AdamW; the report is report/index.
 	$(BIN)/kfac-bench run digits-autoencoder --trials 6 --seconds 4 --budget 230 --out report --overwrite
 
 test: $(STAMP)  ## the test suite without what is marked slow or gpu
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow

@@ -3,6 +3,8 @@
 With no GPU the kernels run in Triton's interpreter, which must be asked for before their module is imported. Nothing
 else sees it: on the CPU the operators never reach a kernel. With a GPU, set TRITON_INTERPRET=1 to run the interpreted
 tests too.
+
+Side by side (pytest -n), the workers share the cores, which torch must be told before it is imported.
 """
 
 from __future__ import annotations
@@ -11,6 +13,10 @@ import dataclasses
 import os
 import signal
 from collections.abc import Callable, Iterator
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import numpy as np
 import pytest

@@ -432,12 +432,18 @@ def test_a_singular_factor_without_damping_gets_some(dtype):
 
 
 def test_double_precision_rescues_what_float32_cannot_factorise():
-    """L D L^T with unit determinant left over: exact in float32, but its second pivot, 1, drowns in 11 * 900^2.
+    """Blocks [[17, b], [b, c]] of determinant 1, exact in float32: the second pivot, 1 / 17, drowns in the rounding of
+    b^2 / 17, which leaves about every second one below zero, so that some block fails in whatever order a library
+    multiplies.
 
-    The third entry makes the mean diagonal 2^24, so that normalising is exact too.
+    One more entry makes the mean diagonal 2^23, so that normalising is exact too.
     """
-    A = torch.tensor([[11.0, 9900.0, 0.0], [9900.0, 8910001.0, 0.0], [0.0, 0.0, 3 * 2.0**24 - 8910012.0]])
-    assert torch.linalg.cholesky_ex(A / 2**24)[1] > 0
+    bs = [b for b in range(16888, 0, -1) if (b * b + 1) % 17 == 0][:24]
+    cs = [(b * b + 1) // 17 for b in bs]
+    blocks = [torch.tensor([[17.0, b], [b, c]]) for b, c in zip(bs, cs, strict=True)]
+    A = torch.block_diag(*blocks, torch.tensor([49 * 2.0**23 - 24 * 17 - sum(cs)]))
+    assert A.diagonal().double().mean() == 2**23
+    assert torch.linalg.cholesky_ex(A / 2**23)[1] > 0
     A_inv, _ = inverses(A, torch.eye(2), 0.0)
     dense.assert_exact(A_inv.double(), torch.linalg.inv(A.double()), tolerance=1e-6)
 

@@ -19,6 +19,7 @@ from kfac_triton.kernels.tiles import Tile
 from kfac_triton.tuning.machine_code import Configuration, Facts, examine
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("ahead of time")  # one worker compiles, once
 
 RECORD = Path(__file__).with_name("kernel_facts.json")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
