@@ -147,6 +147,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 DEFAULT_KL_CLIP = 1e-3
+SINCE = {"terms_per_example": 1, "kl_annealing": False, "peak_lr": 0.0}  # what groups of older checkpoints lack
 DEFAULT_FALLBACK_LR = 1e-3  # of AdamW, where lr is a multiplier of the adaptive step length
 CALIBRATED_FROM = 0.6  # where the search for a first damping begins; the paper's start is 150
 
@@ -215,6 +216,8 @@ def check_group(group: dict[str, Any]) -> None:
     _number("weight_decay", group["weight_decay"], least=0.0)
     _number("factor_decay", group["factor_decay"], least=0.0, below=1.0)
     _number("kl_clip", group["kl_clip"], above=0.0, infinite=True)
+    if not isinstance(group["kl_annealing"], bool):
+        raise ValueError(f"kl_annealing must be True or False; got {group['kl_annealing']!r}")
     _integer("factor_interval", group["factor_interval"])
     _integer("inverse_interval", group["inverse_interval"])
 

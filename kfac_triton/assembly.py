@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,12 +158,10 @@ def _hyper(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], uns
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     device = parameters[0].device
 
-    def scalars(*names: str) -> list[Scalar]:
+    def scalars(find: Callable[[dict[str, Any]], Any]) -> list[Scalar]:
         values: list[Scalar] = []
         for group in optimizer.param_groups:
-            value = group[names[0]]
-            for name in names[1:]:
-                value = value * group[name]
+            value = find(group)
             if isinstance(value, Tensor):
                 values.append(value.detach().to(device, dtype))
             else:  # filled on the device: a copy from the host would wait for it
@@ -169,11 +169,12 @@ def _hyper(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], uns
         return values
 
     return Hyper(
-        scalars("lr"),
-        scalars("momentum"),
-        scalars("weight_decay"),
-        scalars("kl_clip"),
-        scalars("lr", "fallback_ratio"),
+        scalars(itemgetter("lr")),
+        scalars(lambda group: group["peak_lr" if group["kl_annealing"] else "lr"]),
+        scalars(itemgetter("momentum")),
+        scalars(itemgetter("weight_decay")),
+        scalars(itemgetter("kl_clip")),
+        scalars(lambda group: group["lr"] * group["fallback_ratio"]),
         finite,
         unscale,
     )

@@ -89,6 +89,8 @@ class KFAC(torch.optim.Optimizer):
         kl_clip: bound delta on lr^2 sum <V, grad> / 2, the KL divergence (nats) of one step before momentum; V is
             scaled down to it (Wu et al. 2017, section 3). None: no bound, for which damping must be tuned first. By
             default 1e-3, and None with lr="adaptive", which takes no bound.
+        kl_annealing: the largest lr so far stands in the bound for lr, so that a schedule of lr shortens the steps that
+            the bound holds as it does the others. Without it such a step is as long at a small lr as at a large one.
         fallback_lr: AdamW's learning rate for parameters without a block, at this lr: it follows lr's scheduler.
             Default lr / 10, and 1e-3 with lr="adaptive".
         precision: of the products V = G_inv grad A_inv: "ieee", or "bf16", operands rounded and sums in float32, which
@@ -140,6 +142,7 @@ class KFAC(torch.optim.Optimizer):
         quadratic_fraction: float = 1.0,
         max_factor_dim: int = 8192,
         kl_clip: float | str | None = "default",
+        kl_annealing: bool = False,
         fallback_lr: float | None = None,
         precision: str = "auto",
         seed: int = 0,
@@ -177,6 +180,8 @@ class KFAC(torch.optim.Optimizer):
                 approximation=approximation,
             ),
             "weight_decay": weight_decay,
+            "kl_annealing": kl_annealing,
+            "peak_lr": 0.0,
             "factor_decay": factor_decay,
             "factor_interval": factor_interval,
             "inverse_interval": inverse_interval,
@@ -308,6 +313,8 @@ class KFAC(torch.optim.Optimizer):
         self._count_skipped()
         for group in self.param_groups:
             schedules.apply(group)
+            if group["kl_annealing"]:
+                group["peak_lr"] = schedules.larger(group["peak_lr"], group["lr"])
         adaptive = self._is_adaptive()
         if closure is None and self.param_groups[0]["adaptive_damping"]:
             raise RuntimeError(
@@ -530,7 +537,8 @@ class KFAC(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("terms_per_example", 1)  # a checkpoint from before it counted
+            for name, value in arguments.SINCE.items():
+                group.setdefault(name, value)
         if self._loaded is not None:
             checkpoint.restore_dtypes(self, self._loaded)
         if self._curvature is not None:

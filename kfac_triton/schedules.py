@@ -11,6 +11,9 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 class Schedule(ABC):
     """A value for every step."""
@@ -183,6 +186,13 @@ def apply(group: dict[str, Any]) -> None:
     for name in ("lr", "damping"):
         if group[f"{name}_schedule"] is not None:
             group[name] = restored(group[f"{name}_schedule"])(group["step"])
+
+
+def larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
+    """The larger of two learning rates, without waiting for a device that holds one."""
+    if isinstance(b, Tensor):
+        return torch.maximum(torch.as_tensor(a, dtype=b.dtype, device=b.device), b.detach())
+    return max(float(a), b)
 
 
 def peak(group: dict[str, Any], name: str) -> Any:

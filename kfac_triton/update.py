@@ -6,6 +6,7 @@ serve (a fused plan) two operators do it: the products with <V, grad> at their e
 
     V = G_inv (grad_W + weight_decay W) A_inv, or its like in eigenbases
     nu = min(1, sqrt(2 kl_clip / sum over parameters of lr^2 <V, grad>))         (Wu et al. 2017, section 3)
+        with the largest lr so far in place of lr where kl_annealing is on
     buf <- momentum buf + nu V,  W <- W - lr buf
 """
 
@@ -70,10 +71,11 @@ class Plan:
 
 @dataclass(eq=False, repr=False)
 class Hyper:
-    """Hyper-parameters by group. `finite` (0-d bool) gates the whole step on the device, `unscale` multiplies the
-    gradients; both count only in a gated plan."""
+    """Hyper-parameters by group. `bounded_lr` is the one whose step kl_clip bounds. `finite` (0-d bool) gates the whole
+    step on the device, `unscale` multiplies the gradients; both count only in a gated plan."""
 
     lr: list[Scalar]
+    bounded_lr: list[Scalar]
     momentum: list[Scalar]
     weight_decay: list[Scalar]
     kl_clip: list[Scalar]
@@ -279,7 +281,7 @@ def _trust_region(plan: Plan, hyper: Hyper, dots: Sequence[tuple[Tensor, ...]]) 
         for dot, group in zip(pair, (layer.group, layer.bias_group), strict=False):
             by_group.setdefault(group, []).append(dot)
     for group, own in by_group.items():
-        total = total + torch.stack(own).sum() * hyper.lr[group] ** 2
+        total = total + torch.stack(own).sum() * hyper.bounded_lr[group] ** 2
     total = total.clamp(min=torch.finfo(total.dtype).tiny)
     return [torch.sqrt(2 * kl_clip / total).clamp(max=1.0) for kl_clip in hyper.kl_clip]
 

@@ -68,6 +68,7 @@ NUMBERS = [math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]]
         ("inverse_interval", [*NUMBERS, 0, -1, 2.0], "integer >= 1"),
         ("max_factor_dim", [*NUMBERS, 0, -1, 2.0], "integer >= 1"),
         ("kl_clip", [math.nan, -math.inf, "0.1", True, 0.0, -1.0], "> 0"),
+        ("kl_annealing", [None, 1, "yes"], "True or False"),
         ("fallback_lr", [math.nan, math.inf, "0.1", True, -1.0], ">= 0"),
         ("seed", [math.nan, "0", None, True, -1, 0.5], "integer >= 0"),
         ("output", [0, "logits"], "callable"),

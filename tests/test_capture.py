@@ -455,6 +455,8 @@ def test_a_checkpoint_that_has_not_counted_terms_loads():
         optimizer.step()
     saved = optimizer.state_dict()
     assert saved["param_groups"][0].pop("terms_per_example") == 64
+    for name in ("kl_annealing", "peak_lr"):
+        assert not saved["param_groups"][0].pop(name)
     loaded.load_state_dict(saved)
     for expected in (64, 8):
         other.seen.clear()

@@ -244,4 +244,4 @@ def test_hyper_parameters_in_force_are_what_was_chosen_and_the_defaults_but_no_c
     task = find_task("digits-autoencoder")
     found = in_force(find_entrant("kfac").build(task.model(), task, {"lr": 0.25}, False))
     assert found["lr"] == 0.25 and found["momentum"] == 0.9 and found["approximation"] == "kronecker"
-    assert not found.keys() & {"params", "step", "terms_per_example"}
+    assert not found.keys() & {"params", "step", "terms_per_example", "peak_lr"}

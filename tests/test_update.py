@@ -17,6 +17,7 @@ from torch import nn
 
 from kfac_triton import KFAC, assembly
 from kfac_triton.blocks import layout
+from kfac_triton.schedules import Cosine, Exponential, Schedule, WarmUp
 from kfac_triton.update import step_
 
 # Layers of the model below, by the names of their parameters; widths all differ.
@@ -32,7 +33,8 @@ def model_and_batches():
 def plain_step(p, grad, buf, factors, h):
     """nu = min(1, sqrt(2 kl_clip / sum lr^2 <V, grad>)); buf <- momentum buf + nu V; W <- W - lr buf.
 
-    `p`, `grad`, `buf`: tensors by parameter name; `h(name)`: its hyper-parameters. Writes p and buf.
+    `p`, `grad`, `buf`: tensors by parameter name; `h(name)`: its hyper-parameters; "bounded_lr" is the lr in nu. Writes
+    p and buf.
     """
     V, size = {}, 0.0
     for layer, (weight, bias) in LAYERS.items():
@@ -43,7 +45,7 @@ def plain_step(p, grad, buf, factors, h):
         joint = G_inv @ joint @ A_inv
         V[weight] = joint if bias is None else joint[:, :-1]
         V |= {} if bias is None else {bias: joint[:, -1]}
-        size += sum(float(h(n)["lr"]) ** 2 * float((V[n] * l2[n]).sum()) for n in names)
+        size += sum(float(h(n)["bounded_lr"]) ** 2 * float((V[n] * l2[n]).sum()) for n in names)
     for layer, n in [(layer, n) for layer, names in LAYERS.items() for n in names if n is not None]:
         kl_clip = h(LAYERS[layer][0])["kl_clip"]
         nu = 1.0 if kl_clip is None else min(1.0, math.sqrt(2 * kl_clip / size))
@@ -59,9 +61,13 @@ def run(params=None, steps=5, change=None, loss_scale=1.0, **options):
     parameters = dict(model.named_parameters())
     group_of = {id(q): group for group in optimizer.param_groups for q in group["params"]}
 
+    largest = {}
+
     def hyper(name):
         group = dict(group_of[id(parameters[name])])
-        return {**group, "kl_clip": None if math.isinf(group["kl_clip"]) else group["kl_clip"]}
+        bounded = largest[name] if group["kl_annealing"] else group["lr"]
+        clip = None if math.isinf(group["kl_clip"]) else group["kl_clip"]
+        return {**group, "kl_clip": clip, "bounded_lr": bounded}
 
     buf = {name: torch.zeros_like(p) for name, p in parameters.items()}
     moved = 0.0
@@ -73,6 +79,8 @@ def run(params=None, steps=5, change=None, loss_scale=1.0, **options):
         (loss_scale * nn.functional.cross_entropy(model(x), y)).backward()
         grad = {name: q.grad.clone() for name, q in parameters.items()}
         optimizer.step()
+        for name, q in parameters.items():
+            largest[name] = max(largest.get(name, 0.0), float(group_of[id(q)]["lr"]))
         before = {name: q.clone() for name, q in p.items()}
         plain_step(p, grad, buf, optimizer.factors(), hyper)
         for name, q in parameters.items():
@@ -141,8 +149,46 @@ def test_hyper_parameters_may_change_from_step_to_step():
     run(change=change)
 
 
+@pytest.mark.parametrize("lr", [0.3, Exponential(0.4, 0.01, 5), WarmUp(2, Cosine(0.5, 0.0, 2))])
+@pytest.mark.parametrize("params", [None, first_and_rest])
+def test_an_annealed_bound_goes_by_the_largest_lr(params, lr):
+    """Whoever schedules lr: a `Schedule`, or a loop that writes into the groups; down to an lr of 0."""
+
+    def change(optimizer, step):
+        if not isinstance(lr, Schedule):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.5 * (0.1, 1.0, 0.3, 0.0, 0.7)[step]
+
+    run(params=params, lr=lr, momentum=0.5, kl_clip=1e-3, kl_annealing=True, damping=1e-2, change=change)
+
+
+def test_an_annealed_bound_shortens_steps_with_lr():
+    """Two steps from one point that the bound holds, the second at a tenth of lr: as long as the first, or a tenth."""
+
+    def length(kl_annealing):
+        model, [(x, y), *_] = model_and_batches()
+        options = {**OPTIONS, "fisher": "exact", "kl_clip": 1e-5, "momentum": 0.0, "damping": 1e-2}
+        optimizer = KFAC(model, lr=1.0, kl_annealing=kl_annealing, **options)
+        start, moved = [p.detach().clone() for p in model.parameters()], []
+        for lr in (1.0, 0.1):
+            optimizer.param_groups[0]["lr"] = lr
+            with torch.no_grad():
+                for p, at in zip(model.parameters(), start, strict=True):
+                    p.copy_(at)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            steps = [(p - at).flatten() for p, at in zip(model.parameters(), start, strict=True)]
+            moved.append(float(torch.cat(steps).norm()))
+        return moved[1] / moved[0]
+
+    assert length(kl_annealing=False) == pytest.approx(1.0)
+    assert length(kl_annealing=True) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("kl_annealing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_lr_as_a_tensor(dtype):
+def test_lr_as_a_tensor(dtype, kl_annealing):
     """It stays the tensor that it was, and writes into it count."""
     lr = torch.tensor(0.25, dtype=dtype)
 
@@ -150,7 +196,7 @@ def test_lr_as_a_tensor(dtype):
         assert optimizer.param_groups[0]["lr"] is lr
         lr.fill_(0.25 / 2**step)
 
-    run(lr=lr, change=change, kl_clip=1e-2)
+    run(lr=lr, change=change, kl_clip=1e-2, kl_annealing=kl_annealing)
 
 
 @pytest.mark.parametrize("kl_clip", [None, 1e-3])

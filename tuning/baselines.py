@@ -183,7 +183,7 @@ def find_entrant(name: str) -> Entrant:
 
 def in_force(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Every hyper-parameter of a fresh optimizer, defaults included: its first group's and K-FAC's settings."""
-    counters = ("params", "step", "terms_per_example")
+    counters = ("params", "step", "terms_per_example", "peak_lr")
     group = {name: value for name, value in optimizer.param_groups[0].items() if name not in counters}
     plain = (bool, int, float, str, tuple, type(None))
     every = {**group, **getattr(optimizer, "settings", {})}

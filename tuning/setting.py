@@ -46,6 +46,7 @@ KFAC_SPACE = Space(
         "damping_schedule": Choice(("constant", *FALLING, ADAPTIVE)),
         "damping_end": Range(1e-3, 1.0, ceiling=1.0),
         "kl_clip": Range(1e-4, 1.0),
+        "kl_annealing": Choice((True, False)),
         "weight_decay": Choice((0.0, 1e-5, 1e-4, 1e-3)),
         "factor_decay": Range(0.8, 0.99, below_one=True, ceiling=0.999),
         "factor_interval": Choice((1, 2, 5)),
@@ -61,14 +62,15 @@ KFAC_SPACE = Space(
         "warmup": ("lr_rule", (FIXED,)),
         "momentum": ("lr_rule", (FIXED,)),
         "kl_clip": ("lr_rule", (FIXED,)),
+        "kl_annealing": ("lr_rule", (FIXED,)),
         "damping_end": ("damping_schedule", FALLING),
     },
 )
 
 DEFAULTS = {
     "lr_rule": FIXED, "lr": 1e-2, "lr_schedule": "constant", "horizon": 1.0, "warmup": 0.0, "momentum": 0.9,
-    "damping": 1e-3, "damping_schedule": "constant", "kl_clip": 1e-3, "weight_decay": 0.0, "factor_decay": 0.95,
-    "factor_interval": 1, "inverse_interval": 10, "factor_fraction": 0.125, "fisher": "mc",
+    "damping": 1e-3, "damping_schedule": "constant", "kl_clip": 1e-3, "kl_annealing": False, "weight_decay": 0.0,
+    "factor_decay": 0.95, "factor_interval": 1, "inverse_interval": 10, "factor_fraction": 0.125, "fisher": "mc",
     "approximation": "kronecker",
 }  # fmt: skip
 LIVELY = {**DEFAULTS, "lr": 0.1, "lr_schedule": "linear", "warmup": 0.05, "damping_schedule": "exponential",
@@ -87,10 +89,11 @@ STARTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # What each parameter may ever be; a file that asks for more is refused.
-LIMITS: dict[str, tuple[str, ...]] = {
+LIMITS: dict[str, tuple[str | bool, ...]] = {
     "lr_rule": (FIXED, ADAPTIVE),
     "lr_schedule": SHAPES,
     "damping_schedule": ("constant", *FALLING, ADAPTIVE),
+    "kl_annealing": (True, False),
     "fisher": FISHERS,
     "approximation": APPROXIMATIONS,
 }
@@ -115,7 +118,7 @@ def arguments(setting: Mapping[str, Any], steps: int) -> dict[str, Any]:
     else:
         lr = setting["lr"]
         own["lr"] = _scheduled(setting["lr_schedule"], lr, LR_END * lr, over, setting.get("warmup", 0.0))
-        own |= {"momentum": setting["momentum"], "kl_clip": setting["kl_clip"]}
+        own |= {name: setting[name] for name in ("momentum", "kl_clip", "kl_annealing") if name in setting}
     damping, shape = setting["damping"], setting["damping_schedule"]
     if shape == ADAPTIVE:
         own |= {"damping": ADAPTIVE, "initial_damping": damping, "quadratic_fraction": 0.25}
@@ -257,7 +260,7 @@ def _range(where: str, name: str, said: dict[str, Any], was: Range | Choice) -> 
 
 def _allowed(where: str, name: str, value: Any) -> Any:
     if name in LIMITS:
-        if value not in LIMITS[name]:
+        if value not in LIMITS[name] or isinstance(value, bool) != isinstance(LIMITS[name][0], bool):
             raise Mistake(f"{where}: {name} is one of {', '.join(map(str, LIMITS[name]))}; got {value!r}")
         return value
     low, high = BOUNDS[name]

@@ -199,7 +199,7 @@ MOMENTUM = Range(0.8, 0.99, below_one=True, ceiling=0.999)
 KFAC_MOMENTUM = Range(0.3, 0.99, below_one=True, ceiling=0.999)  # long natural steps want a shorter memory
 # deep autoencoders ask for little damping and much momentum, most other networks for the opposite, and those that read
 # sequences for a damping that falls far
-BRISK = {"lr": 0.3, "damping": 0.01, "damping_end": 0.3, "momentum": 0.5, "kl_clip": 0.01}
+BRISK = {"lr": 0.3, "damping": 0.01, "damping_end": 0.3, "momentum": 0.5, "kl_clip": 0.03, "kl_annealing": True}
 STEEP = {**BRISK, "damping_end": 0.03}
 
 SGD_FIRST = {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.0, **SCHEDULE_FIRST}
@@ -271,6 +271,7 @@ SPACES = {
             "damping_end": Range(1e-3, 1.0, ceiling=1.0),
             "momentum": KFAC_MOMENTUM,
             "kl_clip": Range(1e-4, 1.0),
+            "kl_annealing": Choice((True, False)),
             "factor_interval": Choice((1, 4, 10)),
             "inverse_interval": Choice((10, 20)),
             **SCHEDULE,
@@ -281,6 +282,7 @@ SPACES = {
             "damping_end": 0.3,
             "momentum": 0.9,
             "kl_clip": 2e-3,
+            "kl_annealing": False,
             "factor_interval": 1,
             "inverse_interval": 20,
             **SCHEDULE_FIRST,
