@@ -20,7 +20,7 @@ from kfac_triton.arguments import APPROXIMATIONS, FISHERS
 from kfac_triton.schedules import Cosine, Exponential, Linear, Schedule, WarmUp
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.schedules import SHAPES
-from kfac_triton.tuning.space import BRISK, KFAC_MOMENTUM, STEEP, Choice, Range, Space
+from kfac_triton.tuning.space import BRISK, KFAC_MOMENTUM, WIDE, Choice, Range, Space
 from kfac_triton.tuning.task import Task
 
 LR_END = 0.01  # a schedule of lr ends at this share of its start: training beyond it goes on, slowly
@@ -83,7 +83,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "defaults": DEFAULTS,
     "lively": LIVELY,
     "brisk": {**LIVELY, **BRISK, "factor_interval": 5, "inverse_interval": 10},
-    "steep": {**LIVELY, **STEEP, "factor_interval": 5, "inverse_interval": 10},
+    "wide": {**LIVELY, **WIDE, "factor_interval": 5, "inverse_interval": 10},
     "paper": {**_ADAPTIVE, "damping": 1.0, "damping_schedule": ADAPTIVE, "weight_decay": 1e-5},
     "sure": {**_ADAPTIVE, "damping": 0.03, "damping_schedule": "constant", "factor_fraction": 0.25},
 }  # fmt: skip
