@@ -181,12 +181,10 @@ class KFAC(torch.optim.Optimizer):
             ),
             "weight_decay": weight_decay,
             "kl_annealing": kl_annealing,
-            "peak_lr": 0.0,
             "factor_decay": factor_decay,
             "factor_interval": factor_interval,
             "inverse_interval": inverse_interval,
-            "step": 0,
-            "terms_per_example": 1,
+            **arguments.COUNTERS,
         }
         schedules.take_out(defaults)
         arguments.check_group(defaults)
@@ -537,8 +535,8 @@ class KFAC(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in arguments.SINCE.items():
-                group.setdefault(name, value)
+            for name, value in {**arguments.COUNTERS, "kl_annealing": False}.items():
+                group.setdefault(name, value)  # a checkpoint from before it was there
         if self._loaded is not None:
             checkpoint.restore_dtypes(self, self._loaded)
         if self._curvature is not None:

@@ -303,6 +303,7 @@ def test_changing_hyper_parameters_never_recompiles(counter, tensor):
             group["damping"] = 0.1 / step
             group["weight_decay"] = 0.1 / step
             group["kl_clip"] = 1e-2 * step
+            group["kl_annealing"] = step > 2
             with torch._dynamo.config.patch(error_on_recompile=True):
                 train(net, optimizer, 1)
     assert counter.frame_count == 1

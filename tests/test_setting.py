@@ -89,9 +89,9 @@ def test_kfac_takes_every_setting_and_the_numbers_that_it_says(seed):
         group = optimizer.param_groups[0]
     if setting["lr_rule"] == "adaptive":
         assert group["adaptive_lr"] and group["adaptive_momentum"]
-        assert not {"lr", "momentum", "kl_clip"} & setting.keys()
+        assert not {"lr", "momentum", "kl_clip", "kl_annealing"} & setting.keys()
     else:
-        assert group["momentum"] == setting["momentum"] and group["kl_clip"] == setting["kl_clip"]
+        assert all(group[name] == setting[name] for name in ("momentum", "kl_clip", "kl_annealing"))
     assert ("damping_end" in setting) == (setting["damping_schedule"] in ("exponential", "cosine"))
     assert group["adaptive_damping"] == (setting["damping_schedule"] == "adaptive")
     assert group["inverse_interval"] == setting["inverse_interval"]
@@ -181,6 +181,7 @@ def test_starts_that_a_narrow_space_makes_equal_are_tried_once():
         ("{factor_interval: [0]}", "an integer from 1; got 0"),
         ("{inverse_interval: [2.5]}", "an integer from 1; got 2.5"),
         ("{fisher: [true]}", "one of mc, exact, empirical; got True"),
+        ("{kl_annealing: [1]}", "one of True, False; got 1"),
         ("{lr: .nan}", "lr is a number"),
     ],
 )

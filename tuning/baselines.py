@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kfac_triton.arguments import COUNTERS
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.schedules import factor
 from kfac_triton.tuning.task import Task
@@ -183,8 +184,9 @@ def find_entrant(name: str) -> Entrant:
 
 def in_force(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Every hyper-parameter of a fresh optimizer, defaults included: its first group's and K-FAC's settings."""
-    counters = ("params", "step", "terms_per_example", "peak_lr")
-    group = {name: value for name, value in optimizer.param_groups[0].items() if name not in counters}
+    group = {
+        name: value for name, value in optimizer.param_groups[0].items() if name != "params" and name not in COUNTERS
+    }
     plain = (bool, int, float, str, tuple, type(None))
     every = {**group, **getattr(optimizer, "settings", {})}
     return {name: value if isinstance(value, plain) else repr(value) for name, value in every.items()}
