@@ -382,7 +382,8 @@ def test_scales_and_shifts_are_exact_behind_anything(case, norm, likelihood):
 
 
 def test_a_scale_by_hand_is_covered_as_a_norm_is():
-    """As the RMSNorm of other libraries: weight * x, in either order, in place too, and of convolutions' channels."""
+    """As the RMSNorm of other libraries: weight * x, in either order, in place too, and of convolutions' channels; and
+    those that hold the scale less one."""
 
     class Hand(nn.Module):
         def __init__(self, call, shape=(4,)):
@@ -394,6 +395,8 @@ def test_a_scale_by_hand_is_covered_as_a_norm_is():
             return y @ dense.randn(y.shape[1], 3, seed=3)
 
     calls = [lambda w, x: w * x, lambda w, x: x * w, lambda w, x: torch.mul(w, x), lambda w, x: x.mul_(w)]
+    calls += [lambda w, x: x * (1.0 + w), lambda w, x: (w + 1) * x, lambda w, x: x * torch.add(w, 2, alpha=0.5)]
+    calls += [lambda w, x: x * w.sub(1), lambda w, x: x * (1.0 + w.to(F64))]
     for call, shape in [*((call, (4,)) for call in calls), (calls[0], (1, 1, 4)), (calls[1], (5, 4))]:
         model, x = Hand(call, shape), dense.randn(3, 5, 4)
         optimizer = KFAC(model, likelihood="gaussian", fisher="exact", lr=0.0, compile=False, factor_fraction=1.0)
@@ -401,6 +404,29 @@ def test_a_scale_by_hand_is_covered_as_a_norm_is():
         optimizer.step()
         assert optimizer.coverage() == {"w": "scale"}
         dense.assert_exact(optimizer.factors()["w"]["A"], dense.fisher_block(model, x, "w"))
+
+
+OTHERS = [
+    lambda w: 1.0 - w, lambda w: w + w, lambda w: torch.add(1, w, alpha=2), lambda w: torch.add(w, w, alpha=2),
+    lambda w: w[:2].add(1).repeat(2), torch.exp,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", OTHERS)
+def test_what_else_becomes_of_a_scale_before_its_use_is_not_covered(call):
+    class Made(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(dense.randn(4, seed=2))
+
+        def forward(self, x):
+            return torch.tanh(x * call(self.w))
+
+    model = Made()
+    optimizer = KFAC(model, likelihood="gaussian", lr=0.0, compile=False)
+    model(dense.randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.coverage() == {"w": "fallback"}
 
 
 @pytest.mark.parametrize("norm", ["full", "diagonal"])

@@ -151,6 +151,13 @@ def llama():
     return transformers.LlamaForCausalLM(config)
 
 
+def gemma():
+    """Its norms hold their scale less one."""
+    return transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(vocab_size=31, head_dim=8, num_key_value_heads=1, **SMALL)
+    )
+
+
 TOKENS = torch.randint(0, 31, (4, 7), generator=torch.Generator().manual_seed(0))
 MODELS = {
     "gpt2": (gpt2, {"input_ids": TOKENS}),
@@ -158,6 +165,7 @@ MODELS = {
     "bert, masked": (bert_masked, {"input_ids": TOKENS}),
     "vit": (vit, {"pixel_values": torch.randn(4, 3, 8, 8)}),
     "llama": (llama, {"input_ids": TOKENS}),
+    "gemma": (gemma, {"input_ids": TOKENS}),
 }
 
 

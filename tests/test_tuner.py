@@ -225,6 +225,24 @@ def test_nothing_good_keeps_the_defaults(monkeypatch):
     tuned.check(result.content, "result")
 
 
+def test_a_leader_that_stalls_on_another_seed_has_not_won(monkeypatch):
+    """The start "brisk" is best on two seeds of three, that of the search among them; "wide" is steady."""
+    ends = {0.007: {0: 0.1, 1: 0.1}, 0.1: dict.fromkeys((0, 1, 2, HELD_OUT, HELD_OUT + 1), 0.3)}  # by kl_clip and seed
+
+    def train(task, entrant, setting, seed, budget, *, warm):
+        run = search.Run()
+        end = ends.get(setting.get("kl_clip"), {}).get(seed, 1.0)
+        for place in range(3):
+            run.points.append(search.Point(0.05 * place, place, end, None))
+            budget.stop(run.points[-1])
+        run.steps = 3
+        return run
+
+    monkeypatch.setattr(search, "train", train)
+    result = tune(TASK, **QUICK, baselines=(), prune="none")
+    assert result.better and result.arguments["kl_clip"] == 0.1
+
+
 # ---------------------------------------------------------------------------------------------------- options and parts
 
 

@@ -13,7 +13,7 @@ from kfac_triton.tuning.space import SPACES
 from kfac_triton.tuning.task import Task
 
 VERSION = 1  # of what a study means; another one is another study
-LEADERS, REPEATS = 3, 2  # settings that run again, and on how many more seeds
+LEADERS, REPEATS = 4, 2  # settings that run again, and on how many more seeds
 SLOWER = 1.15  # a run's seconds, evaluations and the rest included
 SECONDS = 60.0  # of a run, where nothing else says how long
 

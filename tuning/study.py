@@ -121,7 +121,9 @@ class Search:
         )
 
     def rows(self) -> list[TrialRow]:
-        return [_row(trial) for trial in self.study.trials if trial.state.is_finished() and "run" in trial.user_attrs]
+        """The settings that have run, counted from 0; one that was interrupted has not."""
+        ran = [trial for trial in self.study.trials if trial.state.is_finished() and "run" in trial.user_attrs]
+        return [_row(number, trial) for number, trial in enumerate(ran)]
 
     def _next(self) -> TrialRow:
         done = len(self.rows())
@@ -199,7 +201,7 @@ def best(rows: Sequence[TrialRow]) -> TrialRow | None:
     return min(finished, key=lambda row: row.value, default=None)
 
 
-def _row(trial: FrozenTrial) -> TrialRow:
+def _row(number: int, trial: FrozenTrial) -> TrialRow:
     run = trial.user_attrs["run"]
     value = math.inf if trial.value is None else trial.value
-    return TrialRow(trial.number, trial.user_attrs["setting"], value, **run)
+    return TrialRow(number, trial.user_attrs["setting"], value, **run)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import optuna
@@ -416,11 +416,15 @@ class Tuning:
         return found
 
     def _winner(self, name: str) -> tuple[Result, float] | None:
-        """The best of the leaders over several seeds, and the steps that it takes a second; None: nothing was good."""
+        """The leader that is best on seeds of its own, and the steps that it takes a second; None: nothing was good.
+
+        The search's seed chose the leaders, so a lucky run there is no evidence; and of two others a bad one weighs by
+        how bad it is: a leader that stalls on one of them has not won.
+        """
         study = self.studies[name]
         search = self._searcher(name, study, self._last_call())
         leaders = _best(search.trials.results())[:LEADERS]
-        ranked: list[tuple[float, int, Result, float]] = []
+        ranked: list[tuple[bool, float, int, Result, float]] = []
         for place, leader in enumerate(leaders):
             contender = Contender(name, search.entrant, leader.setting)
             others = [
@@ -430,11 +434,12 @@ class Tuning:
             ]
             every = [leader, *others]
             rate = median(result.steps / max(result.seconds, 1e-9) for result in every)
-            ranked.append((median(result.value for result in every), place, leader, rate))
+            value = fmean(result.value for result in others or [leader])
+            ranked.append((not others, value, place, leader, rate))
             self.note(f"{name}, leader {place + 1}: {_listed(every)}")
         if not ranked:
             return None
-        _, _, winner, rate = min(ranked, key=lambda one: one[:2])
+        *_, winner, rate = min(ranked, key=lambda one: one[:3])
         return winner, rate
 
     def _last_call(self) -> float:

@@ -33,7 +33,7 @@ class Resolve(Protocol):
         """t as whole rows of a known parameter; None where it is none, or other elements of one."""
 
     def owner(self, t: Any) -> torch.nn.Parameter | None:
-        """The known parameter that t is, is a view of, or was cast from."""
+        """The known parameter that t is, is a view of, was cast from, or exceeds by a number."""
 
 
 def part_of(parameter: torch.nn.Parameter, t: Tensor) -> Part | None:

@@ -30,6 +30,10 @@ MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
 }
 
 
+SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+DIFFERENCES = (torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__)
+
+
 @dataclass(eq=False, repr=False)
 class Recorded:
     """A use and the place in the graph where its gradient dy appears; `shape` is dy's, as the operation returned it."""
@@ -74,6 +78,7 @@ class UseRecorder(TorchFunctionMode):
         super().__init__()
         self.uses = Uses()
         self._known = {id(p): p for p in parameters}
+        self._moved: list[Tensor] = []  # what exceeds a parameter by a number; alive, so that its id stays its own
         self._examples_second = 0
         self._claimed: Counter[nn.Parameter] = Counter()
 
@@ -83,7 +88,7 @@ class UseRecorder(TorchFunctionMode):
         return None if parameter is None else part_of(parameter, t)
 
     def owner(self, t: Any) -> nn.Parameter | None:
-        """The known parameter that t is, is a view of, or was cast from."""
+        """The known parameter that t is, is a view of, was cast from, or exceeds by a number."""
         return self._owner(t) if isinstance(t, Tensor) else None
 
     @contextmanager
@@ -111,6 +116,12 @@ class UseRecorder(TorchFunctionMode):
             return self._recurrent(func, args, kwargs, bool(owners))
         if not owners:
             return func(*args, **kwargs)
+        moved = _moved_by_a_number(func, args, kwargs)
+        if moved is not None and moved.shape == owners[0].shape and moved.stride() == owners[0].stride():
+            out = func(*args, **kwargs)
+            self._known[id(out)] = owners[0]
+            self._moved.append(out)
+            return out
         matcher = MATCHERS.get(func)
         found = matcher(self, *args, **kwargs) if matcher is not None else None
         uses = [found] if isinstance(found, Use) else found or []
@@ -174,7 +185,7 @@ class UseRecorder(TorchFunctionMode):
         return list(owners.values())
 
     def _owner(self, t: Tensor) -> nn.Parameter | None:
-        """The known parameter that t is, is a view of, or was cast from."""
+        """The known parameter that t is, is a view of, was cast from, or exceeds by a number."""
         known = self._known.get(id(t))
         if known is not None or not t.requires_grad or t.grad_fn is None:
             return known
@@ -187,6 +198,17 @@ class UseRecorder(TorchFunctionMode):
             return None
         source = getattr(t.grad_fn.next_functions[0][0], "variable", None)
         return self._known.get(id(source))
+
+
+def _moved_by_a_number(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor whose gradient the result has, in 1 + w, as norms have it that hold the rest of their scale."""
+    if len(args) != 2 or "out" in kwargs or func not in (*SUMS, *DIFFERENCES):
+        return None
+    left, right = args
+    if isinstance(left, Tensor) and isinstance(right, (int, float)):
+        return left
+    swapped = isinstance(left, (int, float)) and isinstance(right, Tensor) and func in SUMS and not kwargs
+    return right if swapped else None
 
 
 @contextmanager
