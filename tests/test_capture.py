@@ -640,6 +640,31 @@ def test_weights_are_followed_through_functions(how):
     torch.testing.assert_close(optimizer.factors()["W2"], expected["2"], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("cast", [True, False])
+def test_rows_of_a_weight_are_its_rows_wherever_it_lies_in_memory(cast):
+    """A weight in the middle of a flat buffer; one that was cast has memory of its own, and begins there at 0."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            buffer = torch.randn(100, dtype=torch.float32 if cast else torch.float64)
+            self.W = nn.Parameter(buffer[20:44].view(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            W = self.W.double()
+            return torch.cat([F.linear(x, W[:2]), F.linear(x, W[2:])], dim=-1)
+
+    model, x = Halves(), torch.randn(8, 4, dtype=torch.float64)
+    assert model.W.storage_offset() == 20
+    optimizer = KFAC(model, likelihood="gaussian", fisher="exact", lr=0.0, compile=False, factor_fraction=1.0)
+    model(x).square().sum().backward()
+    optimizer.step()
+    factors = {side: factor.double() for side, factor in optimizer.factors()["W"].items()}
+    wanted = torch.kron(torch.eye(6, dtype=torch.float64), x.T @ x / 8)
+    rounding = {"rtol": 1e-5, "atol": 1e-6} if cast else {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(torch.kron(factors["G"], factors["A"]), wanted, **rounding)
+
+
 @pytest.mark.parametrize(
     "call",
     [lambda model, x: model.net(x), lambda model, x: model.encode(x)],

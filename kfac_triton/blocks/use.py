@@ -45,7 +45,9 @@ def part_of(parameter: torch.nn.Parameter, t: Tensor) -> Part | None:
         transposed = t.dim() == 2 and t.shape == parameter.t().shape and t.stride() == parameter.t().stride()
         return Part(parameter, 0, rows, transposed=True) if transposed else None
     width = parameter.numel() // rows
-    start, rest = divmod(int(t.storage_offset()) - int(parameter.storage_offset()), width)
+    shared = t.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()  # a cast has a storage of its own
+    origin = int(parameter.storage_offset()) if shared else 0
+    start, rest = divmod(int(t.storage_offset()) - origin, width)
     if rest or (parameter.dim() > 1) != (t.dim() > 1):
         return None
     if t.dim() == 1:
