@@ -6,6 +6,7 @@ tables by what their product adds, and layers of a user's own.
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import dense
@@ -396,7 +397,7 @@ def test_a_scale_by_hand_is_covered_as_a_norm_is():
 
     calls = [lambda w, x: w * x, lambda w, x: x * w, lambda w, x: torch.mul(w, x), lambda w, x: x.mul_(w)]
     calls += [lambda w, x: x * (1.0 + w), lambda w, x: (w + 1) * x, lambda w, x: x * torch.add(w, 2, alpha=0.5)]
-    calls += [lambda w, x: x * w.sub(1), lambda w, x: x * (1.0 + w.to(F64))]
+    calls += [lambda w, x: x * w.sub(1), lambda w, x: x * (1.0 + w).view(1, 4)]
     for call, shape in [*((call, (4,)) for call in calls), (calls[0], (1, 1, 4)), (calls[1], (5, 4))]:
         model, x = Hand(call, shape), dense.randn(3, 5, 4)
         optimizer = KFAC(model, likelihood="gaussian", fisher="exact", lr=0.0, compile=False, factor_fraction=1.0)
@@ -408,7 +409,7 @@ def test_a_scale_by_hand_is_covered_as_a_norm_is():
 
 OTHERS = [
     lambda w: 1.0 - w, lambda w: w + w, lambda w: torch.add(1, w, alpha=2), lambda w: torch.add(w, w, alpha=2),
-    lambda w: w[:2].add(1).repeat(2), torch.exp,
+    lambda w: (1 + w).mul_(2), torch.exp,
 ]  # fmt: skip
 
 
@@ -423,6 +424,43 @@ def test_what_else_becomes_of_a_scale_before_its_use_is_not_covered(call):
             return torch.tanh(x * call(self.w))
 
     model = Made()
+    optimizer = KFAC(model, likelihood="gaussian", lr=0.0, compile=False)
+    model(dense.randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.coverage() == {"w": "fallback"}
+
+
+@pytest.mark.parametrize("call", [lambda w: 1 + w.double(), lambda w: (1 + w).double()])
+def test_a_scale_that_is_cast_before_or_after_a_number_is_added_is_covered(call):
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(dense.randn(4, seed=2).float())
+
+        def forward(self, x):
+            return torch.tanh(x * call(self.w)) @ dense.randn(4, 3, seed=3)
+
+    model, x = Cast(), dense.randn(6, 4)
+    optimizer = KFAC(model, likelihood="gaussian", fisher="exact", lr=0.0, compile=False, factor_fraction=1.0)
+    model(x).sum().backward()
+    optimizer.step()
+    assert optimizer.coverage() == {"w": "scale"}
+    wanted = dense.fisher_block(copy.deepcopy(model).double(), x, "w")
+    torch.testing.assert_close(optimizer.factors()["w"]["A"].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_a_weight_plus_a_number_are_no_rows_of_it():
+    """Nothing says any more which rows they were."""
+
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(dense.randn(6, 4, seed=2))
+
+        def forward(self, x):
+            return torch.cat([F.linear(x, self.w[:2] + 1), F.linear(x, self.w[2:] + 1)], dim=1)
+
+    model = Sliced()
     optimizer = KFAC(model, likelihood="gaussian", lr=0.0, compile=False)
     model(dense.randn(3, 4)).sum().backward()
     optimizer.step()

@@ -1,7 +1,7 @@
 """`kfac-tune run`, without the printing: what suits K-FAC on a task, and whether it is better than what there was.
 
 1. K-FAC's settings are searched, then those of each baseline, with the same number of trials, seconds and rules. All
-   have one seed. 2. The best few of each run again on other seeds; the best median wins. 3. The winners and K-FAC's
+   have one seed. 2. The best few of each run again on other seeds; the best mean there wins. 3. The winners and K-FAC's
    defaults run on held-out seeds, interleaved; K-FAC's winner runs with the very arguments that the file will hold.
    Settings that are not better than the defaults there are dropped, and the defaults kept.
 
@@ -424,7 +424,7 @@ class Tuning:
         study = self.studies[name]
         search = self._searcher(name, study, self._last_call())
         leaders = _best(search.trials.results())[:LEADERS]
-        ranked: list[tuple[bool, float, int, Result, float]] = []
+        ranked: list[tuple[float, int, Result, float]] = []
         for place, leader in enumerate(leaders):
             contender = Contender(name, search.entrant, leader.setting)
             others = [
@@ -434,12 +434,12 @@ class Tuning:
             ]
             every = [leader, *others]
             rate = median(result.steps / max(result.seconds, 1e-9) for result in every)
-            value = fmean(result.value for result in others or [leader])
-            ranked.append((not others, value, place, leader, rate))
+            value = fmean(result.value for result in others) if others else math.inf
+            ranked.append((value, place, leader, rate))
             self.note(f"{name}, leader {place + 1}: {_listed(every)}")
         if not ranked:
             return None
-        *_, winner, rate = min(ranked, key=lambda one: one[:3])
+        _, _, winner, rate = min(ranked, key=lambda one: one[:2])
         return winner, rate
 
     def _last_call(self) -> float:

@@ -158,9 +158,10 @@ def _match_repeat(resolve: Resolve, input: Any, *sizes: Any) -> PositionUse | No
     return PositionUse(found[0], None, found[1].repeat(times), transposed=True, axis=found[2])
 
 
+SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+DIFFERENCES = (torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__)
 ADDITIONS = (
-    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, torch.sub, Tensor.sub,
-    Tensor.sub_, Tensor.__sub__, Tensor.__rsub__, Tensor.__isub__,
+    *SUMS, *DIFFERENCES, Tensor.add_, Tensor.__iadd__, Tensor.sub_, Tensor.subtract_, Tensor.__rsub__, Tensor.__isub__,
 )  # fmt: skip
 MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
     F.embedding: _match_embedding,

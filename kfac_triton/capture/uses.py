@@ -30,10 +30,6 @@ MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
 }
 
 
-SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-DIFFERENCES = (torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__)
-
-
 @dataclass(eq=False, repr=False)
 class Recorded:
     """A use and the place in the graph where its gradient dy appears; `shape` is dy's, as the operation returned it."""
@@ -78,7 +74,9 @@ class UseRecorder(TorchFunctionMode):
         super().__init__()
         self.uses = Uses()
         self._known = {id(p): p for p in parameters}
-        self._moved: list[Tensor] = []  # what exceeds a parameter by a number; alive, so that its id stays its own
+        self._moved: dict[
+            Any, nn.Parameter
+        ] = {}  # by the node that added a number to one; an in-place successor is another
         self._examples_second = 0
         self._claimed: Counter[nn.Parameter] = Counter()
 
@@ -119,8 +117,7 @@ class UseRecorder(TorchFunctionMode):
         moved = _moved_by_a_number(func, args, kwargs)
         if moved is not None and moved.shape == owners[0].shape and moved.stride() == owners[0].stride():
             out = func(*args, **kwargs)
-            self._known[id(out)] = owners[0]
-            self._moved.append(out)
+            self._moved[out.grad_fn] = owners[0]
             return out
         matcher = MATCHERS.get(func)
         found = matcher(self, *args, **kwargs) if matcher is not None else None
@@ -191,23 +188,27 @@ class UseRecorder(TorchFunctionMode):
             return known
         base = t._base if t._is_view() and t._base is not None else t
         owner = self._known.get(id(base))
-        return owner if owner is not None else self._cast_from(base)
+        return owner if owner is not None else self._made_from(base)
 
-    def _cast_from(self, t: Tensor) -> nn.Parameter | None:
-        if type(t.grad_fn).__name__ != "ToCopyBackward0" or t.grad_fn is None:
-            return None
-        source = getattr(t.grad_fn.next_functions[0][0], "variable", None)
-        return self._known.get(id(source))
+    def _made_from(self, t: Tensor) -> nn.Parameter | None:
+        """The known parameter that t was cast from, or exceeds by a number, or both."""
+        node = t.grad_fn
+        if node is not None and type(node).__name__ == "ToCopyBackward0":
+            node = node.next_functions[0][0]
+            source = getattr(node, "variable", None)
+            if source is not None:
+                return self._known.get(id(source))
+        return self._moved.get(node)
 
 
 def _moved_by_a_number(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The tensor whose gradient the result has, in 1 + w, as norms have it that hold the rest of their scale."""
-    if len(args) != 2 or "out" in kwargs or func not in (*SUMS, *DIFFERENCES):
+    if len(args) != 2 or "out" in kwargs or func not in (*embedding.SUMS, *embedding.DIFFERENCES):
         return None
     left, right = args
     if isinstance(left, Tensor) and isinstance(right, (int, float)):
         return left
-    swapped = isinstance(left, (int, float)) and isinstance(right, Tensor) and func in SUMS and not kwargs
+    swapped = isinstance(left, (int, float)) and isinstance(right, Tensor) and func in embedding.SUMS and not kwargs
     return right if swapped else None
 
 
