@@ -15,6 +15,7 @@ from kfac_triton.likelihoods import Likelihood, as_likelihood
 
 # What each argument takes.
 FISHERS = ("mc", "exact", "empirical")
+FISHER_PASSES = ("auto", "replay", "piggyback")
 APPROXIMATIONS = ("kronecker", "tridiagonal", "eigen", "inverse_free")
 WEIGHT_SHARINGS = ("expand", "reduce")
 PRECISIONS = ("auto", "ieee", "bf16")
@@ -32,6 +33,7 @@ class Settings:
     output: Callable[[Any], Tensor] | None
     mask: Callable[[Any, Tensor], Tensor] | None
     fisher: str
+    fisher_pass: str
     approximation: str
     weight_sharing: str | Mapping[str, str]
     temporal: str
@@ -47,6 +49,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         _one_of("fisher", self.fisher, FISHERS)
+        _one_of("fisher_pass", self.fisher_pass, FISHER_PASSES)
+        if self.fisher == "empirical" and self.fisher_pass != "auto":
+            raise ValueError(f'fisher_pass must be "auto" with fisher="empirical"; got {self.fisher_pass!r}')
         _one_of("approximation", self.approximation, APPROXIMATIONS)
         for shared in self._sharings():
             _one_of("weight_sharing", shared, WEIGHT_SHARINGS)
@@ -147,8 +152,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 DEFAULT_KL_CLIP = 1e-3
-# What a group counts from the first step on: steps, loss terms of an example, the largest lr where kl_annealing is on.
-COUNTERS = {"step": 0, "terms_per_example": 1, "peak_lr": 0.0}
+# What a group counts from the first step on: steps, loss terms of an example, the largest lr where kl_annealing is on,
+# and whether statistics come from the user's own passes.
+COUNTERS = {"step": 0, "terms_per_example": 1, "peak_lr": 0.0, "piggyback": False}
 DEFAULT_FALLBACK_LR = 1e-3  # of AdamW, where lr is a multiplier of the adaptive step length
 CALIBRATED_FROM = 0.6  # where the search for a first damping begins; the paper's start is 150
 

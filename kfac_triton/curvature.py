@@ -18,11 +18,12 @@ from kfac_triton import distributed
 from kfac_triton.approximations import eigen, inverse_free, kronecker, temporal, tridiagonal
 from kfac_triton.arguments import Settings, check_sharing
 from kfac_triton.blocks.layout import Layout
-from kfac_triton.capture import Inputs, RootInputs, sweep_inert
+from kfac_triton.capture import Call, Ledger, sweep_inert
 from kfac_triton.damping import factored_damping
 from kfac_triton.empirical import EmpiricalSums
 from kfac_triton.expected import expected_uses
 from kfac_triton.fisher import FisherPass, Seen
+from kfac_triton.piggyback import Piggyback
 from kfac_triton.statistics import block_layout, joint_biases, layout_of, sharing_of, weight_statistics
 
 log = logging.getLogger("kfac_triton")
@@ -42,9 +43,18 @@ class Block:
 
 
 class Curvature:
-    """Factors and inverses of the blocks of `module`, from its own Fisher passes or from taps in the user's passes."""
+    """Factors and inverses of the blocks of `module`, from its own Fisher passes or from taps in the user's passes.
 
-    def __init__(self, module: nn.Module, settings: Settings, parameters: list[nn.Parameter]) -> None:
+    `due()`: the number of the next factor update, or None where the next step makes none.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: Settings,
+        parameters: list[nn.Parameter],
+        due: Callable[[], int | None],
+    ) -> None:
         self.module = module
         self.settings = settings
         self.blocks: dict[nn.Parameter, Block] = {}
@@ -53,6 +63,7 @@ class Curvature:
         self.parameters = parameters
         self.observed = False
         self._pass: FisherPass | None = None
+        self._piggyback: Piggyback | None = None
         self._sums: EmpiricalSums | None = None
         self._said: set[str] = set()
         self._named: set[nn.Parameter] = set()
@@ -64,7 +75,6 @@ class Curvature:
             self._sums = EmpiricalSums(module, parameters, settings)
         elif settings.likelihood is not None:
             self._pass = FisherPass(
-                module,
                 settings.likelihood,
                 settings.output,
                 settings.mask,
@@ -74,12 +84,19 @@ class Curvature:
                 settings.blocks,
             )
         sweep_inert(module)
-        on_forward = None if self._sums is None else self._sums.begin
-        self.root = RootInputs(module, parameters, {"cpu", *(p.device.type for p in parameters)}, on_forward)
+        if self._pass is not None and settings.fisher_pass != "replay":
+            always = settings.fisher_pass == "piggyback"
+            self._piggyback = Piggyback(self._pass, lambda: self.parameters, due, always)
+        device_types = {"cpu", *(p.device.type for p in parameters)}
+        self.passes = Ledger(module, parameters, device_types, self._sums or self._piggyback)
+        if self._sums is not None:
+            self._sums.destination = self.passes.destination
+        if self._piggyback is not None:
+            self._piggyback.ledger = self.passes
 
     def close(self) -> None:
         """Remove every hook."""
-        self.root.close()
+        self.passes.close()
         if self._sums is not None:
             self._sums.close()
 
@@ -89,15 +106,13 @@ class Curvature:
         self.parameters = parameters
         for weight, block in self.blocks.items():
             state[weight]["bias"] = self._index(block.bias)
-        self.root.watch(parameters)
+        self.passes.follow(parameters)
         if self._sums is not None:
             self._sums.extend(parameters)
 
     def forget(self) -> None:
         """Drop what was kept for a step that does not come."""
-        self.root.forget()
-        if self._sums is not None:
-            self._sums.clear()
+        self.passes.forget()
 
     def restore(self, state: State) -> None:
         """The blocks that a loaded state describes."""
@@ -125,7 +140,7 @@ class Curvature:
 
     def update_factors(
         self,
-        kept: list[Inputs],
+        kept: list[Call],
         state: State,
         parameters: list[nn.Parameter],
         group_of: GroupOf,
@@ -136,10 +151,13 @@ class Curvature:
         `unscale` undoes the GradScaler's scale, which the empirical Fisher's gradients carry.
         """
         self._report_suspects()
+        seen = None if self._piggyback is None else self._piggyback.take()
+        if seen is None and not self._repeatable(kept):
+            return
         due = [p for p in parameters if group_of(p)["step"] % group_of(p)["factor_interval"] == 0]
         update = max(group_of(p)["step"] for p in due)
         terms = max(group_of(p)["terms_per_example"] for p in due)
-        found, reasons, terms = self._statistics(kept, parameters, update, terms, unscale)
+        found, reasons, terms = self._statistics(kept, seen, parameters, update, terms, unscale)
         for p in due:
             group_of(p)["terms_per_example"] = terms
         seen_by_all = distributed.common([p in found for p in self.parameters], due[0].device)
@@ -179,6 +197,32 @@ class Curvature:
             )
             distributed.average_([state[w][name] for w in list(statistics)[:-1] for name in ("A_next", "G_next")])
         distributed.average_([state[w][name] for w in statistics for name in "AG"])
+
+    def _repeatable(self, kept: list[Call]) -> bool:
+        """Whether each call can be run again by itself. From the next step on the others are recorded as they run."""
+        if not any(call.ancestors for call in kept):
+            return True
+        if self._piggyback is None:
+            other = 'fisher="mc" or "exact"' if self._sums is not None else 'fisher_pass="auto" or "piggyback"'
+            raise RuntimeError(
+                "parts of the model are called one after the other, so a call cannot be repeated from its inputs; "
+                f"use {other}, or call the parts in the forward method of one module"
+            )
+        self.record_passes(True)
+        log.info(
+            "parts of the model are called one after the other: the factors come from the program's own backward pass, "
+            "from the next step on"
+        )
+        return False
+
+    def record_passes(self, on: bool) -> None:
+        """Whether statistics come from the user's own passes, as a checkpoint says or a step has found."""
+        if self._piggyback is not None:
+            self._piggyback.armed |= on
+
+    @property
+    def records_passes(self) -> bool:
+        return self._piggyback is not None and self._piggyback.armed
 
     def _update_roots(
         self, updates: list[kronecker.FactorUpdate], weights: list[nn.Parameter], state: State, group_of: GroupOf
@@ -225,7 +269,13 @@ class Curvature:
         return {name: t for name, t in stored.items() if name in replaced or name.startswith("link_")}
 
     def _statistics(
-        self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, terms: int, unscale: float | Tensor
+        self,
+        kept: list[Call],
+        seen: Seen | None,
+        parameters: list[nn.Parameter],
+        update: int,
+        terms: int,
+        unscale: float | Tensor,
     ) -> tuple[dict[nn.Parameter, kronecker.Statistics], dict[nn.Parameter, str], int]:
         """What the passes saw of every weight, why other parameters have no block, and the loss terms of an example.
 
@@ -234,7 +284,8 @@ class Curvature:
         if self._pass is None:
             assert self._sums is not None
             return self._sums.take(kept, unscale), self._sums.refused, terms
-        seen = self._pass.run(kept, parameters, update, terms)
+        if seen is None:
+            seen = self._pass.run(kept, parameters, update, terms)
         known = set(parameters)
         uses = {w: u for w, u in seen.uses.items() if w not in seen.unsupported}
         joint, refused = joint_biases(seen, known)

@@ -19,7 +19,7 @@ from kfac_triton.approximations.kronecker import Statistics, by_form, factor_dty
 from kfac_triton.arguments import Settings
 from kfac_triton.blocks.layout import DIAGONAL, Layout
 from kfac_triton.blocks.use import Use
-from kfac_triton.capture import Inputs, ModuleTaps, Recorded, bare_pass, module_use
+from kfac_triton.capture import Call, Destination, Inputs, Listener, ModuleTaps, Recorded, bare_pass, module_use
 from kfac_triton.factors import Accumulation
 from kfac_triton.fisher import SeenUse, counted_terms, recorded_forward, tensor_of_outputs
 from kfac_triton.likelihoods import Categorical
@@ -61,8 +61,14 @@ class _Pass:
         self.counted: Tensor | None = None
 
 
-class EmpiricalSums:
-    """Collects the sums of every tapped weight until `take`."""
+class EmpiricalSums(Listener):
+    """Collects the sums of every tapped weight until `take`, from the passes that a ledger tells of.
+
+    `destination`: in a backward pass, what becomes of the gradients of parameters; only accumulated ones count.
+    """
+
+    destination: Callable[[], Destination]
+    assigned_gradients = False
 
     def __init__(self, module: nn.Module, parameters: list[nn.Parameter], settings: Settings) -> None:
         self._module = module
@@ -74,11 +80,12 @@ class EmpiricalSums:
         self._pass = _Pass(self._zero, None)
         self._one = torch.ones((), device=device)
         self._sums: dict[nn.Parameter, _Sums] = {}
+        self._cleared = 0
         self.refused: dict[nn.Parameter, str] = {}
         self._taps = self._tapped(parameters)
 
     def _tapped(self, parameters: list[nn.Parameter]) -> ModuleTaps:
-        taps = ModuleTaps(self._module, parameters, self._use, self._note_terms)
+        taps = ModuleTaps(self._module, parameters, self._use)
         known = set(parameters)
         self._inspected: set[nn.Parameter] = set()
         self._sums = {w: _Sums(m, w, known, self._settings) for w, m in taps.weights.items()}
@@ -94,12 +101,17 @@ class EmpiricalSums:
         """Layout and bias of every tapped weight."""
         return {w: (sums.layout, sums.bias) for w, sums in self._sums.items() if w not in self.refused}
 
-    def begin(self) -> _Pass:
+    def begun(self) -> _Pass:
         """A forward pass begins."""
         self._pass = _Pass(self._zero, {} if torch.compiler.is_compiling() else None)
         return self._pass
 
-    def _note_terms(self, inputs: Inputs, returned: object) -> None:
+    def dropped(self) -> None:
+        """The passes so far do not count any more."""
+        self.clear()
+
+    def returned(self, inputs: Inputs, returned: object) -> None:
+        """The model returned its outputs, whose loss terms are counted."""
         z = tensor_of_outputs(returned, self._settings.output).detach()
         terms = self._likelihood.terms_last(z)
         if self._settings.mask is None:
@@ -114,14 +126,22 @@ class EmpiricalSums:
         if forward.used is not None:
             forward.used[weight] = True
 
+        added = [-1]
+
         def seen(x: Tensor, dy: Tensor) -> None:
-            self._add(module_use(module, x), dy, forward)
+            if torch.compiler.is_compiling():
+                self._add(module_use(module, x), dy, forward)
+            elif self.destination() is Destination.ACCUMULATED:
+                again = added[0] == self._cleared  # another loss of the same forward pass
+                added[0] = self._cleared
+                self._add(module_use(module, x), dy, forward, again=again)
             if first:
                 self._sums[weight].passes.add_(1)
 
         return seen
 
-    def _add(self, use: Use, dy: Tensor, forward: _Pass) -> None:
+    def _add(self, use: Use, dy: Tensor, forward: _Pass, *, again: bool = False) -> None:
+        """Adds a use to the sums; `again`: its rows of inputs are in them already."""
         sums = self._sums[use.weight.parameter]
         gradient, into = dy.to(sums.G.dtype), sums.G_raw
         if not torch.compiler.is_compiling():
@@ -141,19 +161,20 @@ class EmpiricalSums:
                 for total, (matrices, ones), form in (
                     (sums.A, by_form(rows.a, layout.A, sums.A, rows.ones), layout.A),
                     (into, by_form(rows.g, layout.G, into, False), layout.G),
-                )
+                )[1 if again else 0 :]
             ]
         )
-        sums.rows.add_(rows.rows)
+        if not again:
+            sums.rows.add_(rows.rows)
 
-    def take(self, kept: list[Inputs], unscale: float | Tensor) -> dict[nn.Parameter, Statistics]:
+    def take(self, kept: list[Call], unscale: float | Tensor) -> dict[nn.Parameter, Statistics]:
         """The statistics since the last call, from the passes `kept`; `unscale` is 1 / s of the GradScaler."""
         if not self._sums:
             return {}
         trainable = {weight for weight in self._sums if weight.requires_grad}
         if trainable != self._inspected:
             self._inspected = trainable
-            self._inspect(kept[0])
+            self._inspect(kept[0].inputs)
         present = (torch.stack([sums.rows for sums in self._sums.values()]) > 0).tolist()
         used = {weight for weight, some in zip(self._sums, present, strict=True) if some}
         for weight in self._sums:
@@ -162,7 +183,7 @@ class EmpiricalSums:
         # compiled code keeps the last of several passes before one backward pass; the taps inside it counted them all
         passes = torch.stack([sums.passes for sums in self._sums.values()]).max().clamp(min=len(kept))
         scale = (passes / self._settings.loss_scale * unscale) ** 2
-        terms_of_a_pass = torch.stack([inputs.note.terms for inputs in kept]).mean()
+        terms_of_a_pass = torch.stack([call.inputs.note.terms for call in kept]).mean()
         terms, squared = passes * terms_of_a_pass, terms_of_a_pass**2
         statistics = {
             weight: Statistics(
@@ -186,7 +207,7 @@ class EmpiricalSums:
         self.refused, self._taps.own_calls = {}, Counter()
         try:
             with bare_pass(inputs, self._zero.device, self._settings.seed):
-                recorder, _ = recorded_forward(self._module, inputs, self._sums)
+                recorder, _ = recorded_forward(inputs, self._sums)
         except Exception as error:  # the user's forward may need surroundings that step() lacks
             log.warning(
                 'fisher="empirical" could not check that no weight is used outside its module: the forward pass '
@@ -217,6 +238,7 @@ class EmpiricalSums:
 
     def clear(self) -> None:
         """Forget what was summed."""
+        self._cleared += 1
         for sums in self._sums.values():
             for total in sums.tensors():
                 total.zero_()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from kfac_triton import distributed
 from kfac_triton.blocks.custom import LayerBlock
-from kfac_triton.capture import Inputs, Recorded, UseRecorder, bare_pass, custom_layers, uncheckpointed
+from kfac_triton.capture import Call, Inputs, Recorded, UseRecorder, bare_pass, custom_layers, uncheckpointed
 from kfac_triton.likelihoods import Likelihood
 
 log = logging.getLogger("kfac_triton")
@@ -76,15 +76,16 @@ def tensor_of_outputs(returned: Any, output: Callable[[Any], Tensor] | None) -> 
 
 
 def recorded_forward(
-    module: nn.Module, inputs: Inputs, parameters: Iterable[nn.Parameter], blocks: Blocks | None = None
+    inputs: Inputs, parameters: Iterable[nn.Parameter], blocks: Blocks | None = None
 ) -> tuple[UseRecorder, Any]:
-    """What a forward pass on `inputs` does with `parameters`, and what it returned; buffers stay as they were.
+    """What the called module does with `parameters` on `inputs`, and what it returned; buffers stay as they were.
 
     `blocks`: those of the user's own types of layers.
     """
     args, kwargs = tree_map(
         lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (inputs.args, inputs.kwargs)
     )
+    module = inputs.module
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     recorder = UseRecorder(parameters)
     with uncheckpointed(module), custom_layers(module, recorder, blocks or {}), recorder:
@@ -117,14 +118,13 @@ def counted_terms(mask: Callable[[Any, Tensor], Tensor], inputs: Inputs, outputs
 
 @dataclass(eq=False, repr=False)
 class FisherPass:
-    """Runs the module on kept inputs and collects the uses of its weights with their gradients.
+    """Runs the called modules on kept inputs and collects the uses of its weights with their gradients.
 
     `fraction` of each batch is used, never fewer than `least_examples`, from a place that moves with each update; in
     the k-th update at least 1/k of it, since the first averages stand on so little. Nothing is written to: parameters'
     `.grad`, buffers (BatchNorm's running statistics) and the global random streams stay as they were.
     """
 
-    module: nn.Module
     likelihood: Likelihood
     output: Callable[[Any], Tensor] | None
     mask: Callable[[Any, Tensor], Tensor] | None
@@ -134,14 +134,16 @@ class FisherPass:
     blocks: Blocks = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
-    def run(self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, terms_per_example: int = 1) -> Seen:
+    def run(self, kept: list[Call], parameters: list[nn.Parameter], update: int, terms_per_example: int = 1) -> Seen:
         """`update`: the number of this factor update; with `seed` it decides samples, dropout and the part used.
 
         `terms_per_example`: what the last update saw.
         """
         seen = Seen(terms_per_example=terms_per_example)
-        for number, inputs in enumerate(kept):
-            seed = _mixed_seed(self.seed, update, number + (distributed.rank() << 32))
+        for number, call in enumerate(kept):
+            call.check_unwritten()
+            inputs = call.inputs
+            seed = mixed_seed(self.seed, update, number + (distributed.rank() << 32))
             with bare_pass(inputs, parameters[0].device, seed):
                 self._one_batch(inputs, parameters, update, seed, number, seen)
         return seen
@@ -150,21 +152,12 @@ class FisherPass:
         self, inputs: Inputs, parameters: list[nn.Parameter], update: int, seed: int, number: int, seen: Seen
     ) -> None:
         inputs, recorder, z = self._forward(inputs, parameters, update, least_examples(seen.terms_per_example))
-        terms = self.likelihood.terms_last(z.detach())
-        terms = terms.float() if terms.dtype.itemsize < 4 else terms
-        valid = None if self.mask is None else counted_terms(self.mask, inputs, z.detach(), terms)
-        seen.terms = seen.terms + (terms[..., 0].numel() if valid is None else valid.sum())
+        directions, valid, examples = self.directions(inputs, z.detach(), seed, seen)
         seen.unsupported.update(recorder.uses.unsupported)
         seen.roots.append(z.grad_fn)
-        examples = _batch_size(inputs) if inputs.tensors() else z.shape[0]
-        seen.terms_per_example = max(terms[..., 0].numel() // max(examples, 1), 1)
         recorded = [(w, r) for w, uses in recorder.uses.recorded.items() for r in uses]
         if not recorded or not z.requires_grad:
             return
-        directions = [
-            self.likelihood.terms_back(d if valid is None else d * valid.unsqueeze(-1), z).to(z.dtype)
-            for d in self._directions(terms, seed)
-        ]
         dys: list[list[Tensor]] = [[] for _ in recorded]
         edges = [r.edge for _, r in recorded if r.edge is not None]
         for i, direction in enumerate(directions):
@@ -177,6 +170,24 @@ class FisherPass:
         for (weight, r), gradients in zip(recorded, dys, strict=True):
             if gradients:
                 seen.uses.setdefault(weight, []).append(SeenUse(r, gradients, number, examples, counted))
+
+    def directions(self, inputs: Inputs, z: Tensor, seed: int, seen: Seen) -> tuple[list[Tensor], Tensor | None, int]:
+        """What to back-propagate from the outputs z, which of their terms count (None: all), and their examples.
+
+        The loss terms are added to those of `seen`.
+        """
+        terms = self.likelihood.terms_last(z)
+        terms = terms.float() if terms.dtype.itemsize < 4 else terms
+        valid = None if self.mask is None else counted_terms(self.mask, inputs, z, terms)
+        count = terms[..., 0].numel()
+        seen.terms = seen.terms + (count if valid is None else valid.sum())
+        examples = _batch_size(inputs) if inputs.tensors() else z.shape[0]
+        seen.terms_per_example = max(count // max(examples, 1), 1)
+        directions = [
+            self.likelihood.terms_back(d if valid is None else d * valid.unsqueeze(-1), z).to(z.dtype)
+            for d in self._directions(terms, seed)
+        ]
+        return directions, valid, examples
 
     def _directions(self, terms: Tensor, seed: int) -> Iterator[Tensor]:
         """What to back-propagate from the outputs `terms` (N, ..., C): the gradients of the summed nll.
@@ -218,7 +229,7 @@ class FisherPass:
             return inputs, *self._outputs(inputs, parameters)
 
     def _outputs(self, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[UseRecorder, Tensor]:
-        recorder, returned = recorded_forward(self.module, inputs, parameters, self.blocks)
+        recorder, returned = recorded_forward(inputs, parameters, self.blocks)
         return recorder, tensor_of_outputs(returned, self.output)
 
     def _part(self, inputs: Inputs, update: int, least: int) -> Inputs:
@@ -267,7 +278,7 @@ def _batch_size(inputs: Inputs) -> int:
     return next((t.shape[0] for t in inputs.tensors() if t.dim()), 1)
 
 
-def _mixed_seed(seed: int, update: int, batch: int) -> int:
+def mixed_seed(seed: int, update: int, batch: int) -> int:
     """One 63-bit seed from three counters (the finaliser of SplitMix64)."""
     x = (seed * 0x9E3779B97F4A7C15 + update * 0xBF58476D1CE4E5B9 + batch * 0x94D049BB133111EB) & (2**64 - 1)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

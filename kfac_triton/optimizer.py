@@ -17,7 +17,7 @@ from kfac_triton.adaptive import AdaptiveStep
 from kfac_triton.approximations import average, eigen, inverse_free, kronecker, tridiagonal
 from kfac_triton.approximations import temporal as temporal_state
 from kfac_triton.blocks.custom import LayerBlock
-from kfac_triton.capture import Streams
+from kfac_triton.capture import Call, Streams
 from kfac_triton.compiled import CompiledStep
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import factored_damping
@@ -64,6 +64,10 @@ class KFAC(torch.optim.Optimizer):
             axis. `inputs` is the model's only argument, the tuple of several, or the dictionary of keyword arguments.
         fisher: "mc": targets sampled from the model. "exact": every output direction (the generalised Gauss-Newton
             matrix). "empirical": the gradients of your own loss, from modules of type Linear and Conv1d to Conv3d.
+        fisher_pass: how "mc" and "exact" compute their gradients. "replay": K-FAC runs the model again on a part of the
+            kept inputs. "piggyback": uses of weights are recorded in your own forward pass, and the gradients go back
+            through your own graph, for the whole batch. "auto": replay, and piggyback where a program calls parts of
+            the model one after the other, which no replay can repeat. Compiled code can only be replayed.
         approximation: "kronecker", block-diagonal. "tridiagonal": neighbours in a chain of linear layers are coupled
             (section 4.3); more memory and time in `kfac_triton.chain`. "eigen": block-diagonal, with the eigenvalues
             measured in the factors' eigenbases (EKFAC) and damped as a whole; dearer refreshes and steps, in
@@ -113,6 +117,7 @@ class KFAC(torch.optim.Optimizer):
     _adaptive: AdaptiveStep | None = None
     _last: dict[str, Any] | None = None
     _forward_only = True
+    _unseen = False
 
     def __init__(
         self,
@@ -129,6 +134,7 @@ class KFAC(torch.optim.Optimizer):
         output: Callable[[Any], Tensor] | None = None,
         mask: Callable[[Any, Tensor], Tensor] | None = None,
         fisher: str = "mc",
+        fisher_pass: str = "auto",
         approximation: str = "kronecker",
         weight_sharing: str | Mapping[str, str] = "expand",
         temporal: str = "independent",
@@ -156,6 +162,7 @@ class KFAC(torch.optim.Optimizer):
             output=output,
             mask=mask,
             fisher=fisher,
+            fisher_pass=fisher_pass,
             approximation=approximation,
             weight_sharing=weight_sharing,
             temporal=temporal,
@@ -224,7 +231,14 @@ class KFAC(torch.optim.Optimizer):
     def _attach(self, module: nn.Module) -> None:
         self._module = module
         self._step_function = CompiledStep(self._settings.compile)
-        self._curvature = Curvature(module, self._settings, self._parameters())
+        itself = weakref.ref(self)  # the model's hooks must not keep the optimizer alive
+
+        def due() -> int | None:
+            optimizer = itself()
+            return None if optimizer is None else optimizer._next_update()
+
+        self._curvature = Curvature(module, self._settings, self._parameters(), due)
+        self._curvature.record_passes(any(group["piggyback"] for group in self.param_groups))
         self._adaptive = None if self._settings.likelihood is None else AdaptiveStep(module, self._settings)
         self._hooks = weakref.finalize(self, self._curvature.close)
         self._names = [self._curvature.names[p] for p in self._parameters()]
@@ -327,8 +341,7 @@ class KFAC(torch.optim.Optimizer):
         parameters = [p for p in self._parameters() if p.grad is not None]
         if any(p.grad is not None and p.grad.is_sparse for p in parameters):
             raise ValueError("KFAC takes no sparse gradients; build the embedding with sparse=False")
-        curvature.root.watch(parameters)
-        kept = curvature.root.take()
+        kept = curvature.passes.take()
         unscale, finite = self._scaler_state(parameters)
         if not parameters or ((adaptive or finite.device.type == "cpu") and not bool(finite)):
             curvature.forget()
@@ -340,19 +353,26 @@ class KFAC(torch.optim.Optimizer):
         def group_of(p: nn.Parameter) -> dict[str, Any]:
             return groups[id(p)]
 
-        if not kept:
-            self._check_gradients_are_zero(parameters)
+        look = not kept or finite.device.type == "cpu"  # on a GPU a look waits for it
+        if look and not any(bool(p.grad.any()) for p in parameters if p.grad is not None):
+            curvature.forget()
             return loss
+        if not kept:
+            self._check_known(curvature, adaptive)
         trained = [p for p in parameters if p.requires_grad]
-        if any(group["step"] % group["factor_interval"] == 0 for group in map(group_of, trained)):
+        due = any(group["step"] % group["factor_interval"] == 0 for group in map(group_of, trained))
+        if kept and due and not curvature.passes.incomplete:
             curvature.update_factors(kept, self.state, trained, group_of, unscale)
         curvature.forget()
+        for group in self.param_groups:
+            group["piggyback"] = curvature.records_passes
         if adaptive:
             assert self._adaptive is not None
+            self._check_repeatable(kept)
             objective = None
             if closure is not None and streams is not None:
                 objective = Objective(closure, loss, curvature.module, parameters, streams, self._forward_only)
-            occasion = Occasion(parameters, kept, unscale, finite, objective)
+            occasion = Occasion(parameters, [call.inputs for call in kept], unscale, finite, objective)
             self._last = self._adaptive.step(self, curvature, occasion)
             self._forward_only = objective is None or objective.forward_only
             return loss
@@ -404,14 +424,36 @@ class KFAC(torch.optim.Optimizer):
             unscale = unscale / scale.to(device)
         return unscale, finite
 
-    def _check_gradients_are_zero(self, parameters: list[nn.Parameter]) -> None:
-        if any(bool(p.grad.any()) for p in parameters if p.grad is not None):
+    def _check_repeatable(self, kept: list[Call]) -> None:
+        for call in kept:
+            call.check_unwritten()
+            if call.ancestors:
+                raise RuntimeError(
+                    "an adaptive lr, momentum or damping needs a loss of one call, model(inputs), but parts of the "
+                    "model are called one after the other. Call them in the forward method of one module, or give lr, "
+                    "momentum and damping as numbers"
+                )
+
+    def _next_update(self) -> int | None:
+        """The number of the factor update that the next step makes, if it makes one."""
+        due = [g["step"] for g in self.param_groups if g["step"] % g["factor_interval"] == 0]
+        return max(due, default=None)
+
+    def _check_known(self, curvature: Curvature, adaptive: bool) -> None:
+        """Raises where no call was seen and there are no factors to use instead."""
+        if adaptive or not curvature.blocks:
             raise RuntimeError(
-                f"there are gradients, but K-FAC saw no call of its model, a {type(self._module).__name__}, in "
-                "training mode. The loss comes from another module or method than model(...): pass the module that is "
-                "called; or the model ran under torch.compile before KFAC(model) added its hook, which compiled code "
-                "ignores: build KFAC before the first compiled call; or zero_grad() came between backward() and step()"
+                f"there are gradients, but K-FAC saw no call of its model, a {type(self._module).__name__}, or of a "
+                "part of it. If another copy of the model is trained, pass that one to KFAC. If its weights are used "
+                "without calling a module, call the model, or a module that holds them. If torch.func computed the "
+                "gradients, call model(inputs) and loss.backward() instead"
             )
+        if not self._unseen:
+            log.warning(
+                "there are gradients, but K-FAC saw no call of its model since the last step; it uses the factors it "
+                "has. Gradients from torch.func, or written into .grad, do not update the factors"
+            )
+        self._unseen = True
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -540,6 +582,7 @@ class KFAC(torch.optim.Optimizer):
         if self._loaded is not None:
             checkpoint.restore_dtypes(self, self._loaded)
         if self._curvature is not None:
+            self._curvature.record_passes(any(group["piggyback"] for group in self.param_groups))
             self._curvature.restore(self.state)
 
 

@@ -156,13 +156,13 @@ class FisherProducts:
     def _outputs_and_products(
         self, inputs: Inputs, moving: list[nn.Parameter], tangents: list[tuple[Tensor, ...]]
     ) -> tuple[Tensor, Tensor]:
-        names = {p: name for name, p in self.module.named_parameters()}
-        buffers = dict(self.module.named_buffers())
+        names = {p: name for name, p in inputs.module.named_parameters()}
+        buffers = dict(inputs.module.named_buffers())
 
         def outputs(values: tuple[Tensor, ...]) -> Tensor:
-            replaced = {names[p]: value for p, value in zip(moving, values, strict=True)}
+            replaced = {names[p]: value for p, value in zip(moving, values, strict=True) if p in names}
             copies = {name: buffer.clone() for name, buffer in buffers.items()}
-            returned = functional_call(self.module, {**replaced, **copies}, inputs.args, inputs.kwargs)
+            returned = functional_call(inputs.module, {**replaced, **copies}, inputs.args, inputs.kwargs)
             return tensor_of_outputs(returned, self.output)
 
         values = tuple(p.detach() for p in moving)

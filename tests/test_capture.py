@@ -670,7 +670,7 @@ def test_rows_of_a_weight_are_its_rows_wherever_it_lies_in_memory(cast):
     [lambda model, x: model.net(x), lambda model, x: model.encode(x)],
     ids=["a sub-module", "a method"],
 )
-def test_a_model_that_was_never_called_itself_is_named(call):
+def test_a_part_of_the_model_that_is_called_counts(call):
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -682,24 +682,36 @@ def test_a_model_that_was_never_called_itself_is_named(call):
         def forward(self, x: Tensor) -> Tensor:
             return self.encode(x)
 
+    x, y = data()
+    expected = factors_of(network(), x, y)
     model = Encoder()
     optimizer = kfac(model)
-    x, y = data()
     F.cross_entropy(call(model, x), y).backward()
-    with pytest.raises(RuntimeError, match=r"saw no call of .*Encoder"):
+    optimizer.step()
+    assert_same({name.removeprefix("net."): f for name, f in optimizer.factors().items()}, expected)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_training_in_eval_mode_counts(fisher):
+    """Frozen running statistics and no dropout are a choice of training, too."""
+    x, y = data()
+    expected = factors_of(network(), x, y, fisher=fisher)
+    assert_same(factors_of(network().eval(), x, y, fisher=fisher), expected)
+
+
+def test_gradients_without_any_call_are_named():
+    """A copy of the model made them; nothing says what its inputs were."""
+    model = network()
+    optimizer = kfac(model)
+    twin = copy.deepcopy(model)
+    x, y = data()
+    backward(twin, x, y)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        p.grad = q.grad
+    with pytest.raises(RuntimeError, match=r"saw no call of .*Sequential"):
         optimizer.step()
     assert optimizer.param_groups[0]["step"] == 0
-    # Passing the module that is called is the cure which the message names.
-    cured = kfac(model.net)
     optimizer.zero_grad()
-    F.cross_entropy(call(model, x), y).backward()
-    cured.step()
-    assert set(cured.factors()) == {"0", "2"}
-
-
-def test_training_in_eval_mode_is_refused_by_name():
-    model = network().eval()
-    optimizer = kfac(model)
-    backward(model, *data())
-    with pytest.raises(RuntimeError, match="training mode"):
-        optimizer.step()
+    backward(model, x, y)
+    optimizer.step()
+    assert optimizer.param_groups[0]["step"] == 1

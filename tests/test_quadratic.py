@@ -112,8 +112,8 @@ def products(model: nn.Module, likelihood: str = "gaussian", **options) -> Fishe
     return FisherProducts(model, as_likelihood(likelihood), **options)
 
 
-def kept(*xs: Tensor) -> list[Inputs]:
-    return [Inputs((x,), {}, ()) for x in xs]
+def kept(model: nn.Module, *xs: Tensor) -> list[Inputs]:
+    return [Inputs(model, (x,), {}) for x in xs]
 
 
 @pytest.mark.parametrize("likelihood", dense.LIKELIHOODS)
@@ -122,7 +122,7 @@ def test_products_are_those_of_the_dense_fisher(name, likelihood):
     model, x = model_and_inputs(name)
     buffers, stream = [b.clone() for b in model.buffers()], torch.get_rng_state()
     vs = directions(model)
-    F = products(model, likelihood).gram(kept(x), vs, seed=0)
+    F = products(model, likelihood).gram(kept(model, x), vs, seed=0)
     dense.assert_exact(F, dense.gram(model, x, vs, likelihood))
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
     assert torch.equal(torch.get_rng_state(), stream)
@@ -136,14 +136,14 @@ def test_every_way_gives_the_same(name, way):
     found = products(model, "categorical")
     found._way = way
     vs = directions(model, 3)
-    dense.assert_exact(found.gram(kept(x), vs, seed=0), dense.gram(model, x, vs, "categorical"))
+    dense.assert_exact(found.gram(kept(model, x), vs, seed=0), dense.gram(model, x, vs, "categorical"))
     assert found._way == way
 
 
 def test_the_ways_that_fail_are_left():
     model, x = model_and_inputs("no forward mode")
     found = products(model)
-    found.gram(kept(x), directions(model), seed=0)
+    found.gram(kept(model, x), directions(model), seed=0)
     assert quadratic.WAYS[found._way] is quadratic._by_double_backward
     easy, y = model_and_inputs("mlp")
     found = products(easy)
@@ -155,7 +155,7 @@ def test_batches_are_weighted_by_their_terms():
     model, _ = model_and_inputs("mlp")
     x, y = dense.randn(5, 3, seed=1), dense.randn(2, 3, seed=2)
     vs = directions(model)
-    F = products(model).gram(kept(x, y), vs, seed=0)
+    F = products(model).gram(kept(model, x, y), vs, seed=0)
     dense.assert_exact(F, dense.gram(model, torch.cat([x, y]), vs, "gaussian"))
 
 
@@ -164,7 +164,7 @@ def test_terms_that_do_not_count_are_left_out():
     x = dense.randn(5, 3)
     vs = directions(model)
     mask = lambda inputs, outputs: torch.tensor([True, False, True, True, False])  # noqa: E731
-    F = products(model, mask=mask).gram(kept(x), vs, seed=0)
+    F = products(model, mask=mask).gram(kept(model, x), vs, seed=0)
     dense.assert_exact(F, dense.gram(model, x[[0, 2, 3]], vs, "gaussian"))
 
 
@@ -172,7 +172,7 @@ def test_a_parameter_that_a_direction_leaves_out_stands_still():
     model, x = model_and_inputs("mlp")
     whole = directions(model, 2)
     part = {p: v for p, v in whole[0].items() if p.dim() == 2}
-    F = products(model).gram(kept(x), [part, whole[1]], seed=0)
+    F = products(model).gram(kept(model, x), [part, whole[1]], seed=0)
     zeros = {p: part.get(p, torch.zeros_like(p)) for p in whole[0]}
     dense.assert_exact(F, dense.gram(model, x, [zeros, whole[1]], "gaussian"))
 
@@ -189,7 +189,7 @@ def test_outputs_named_by_the_user():
     torch.manual_seed(0)
     model, x = Pair().double(), dense.randn(5, 3)
     vs = directions(model)
-    F = products(model, output=lambda r: r[1]).gram(kept(x), vs, seed=0)
+    F = products(model, output=lambda r: r[1]).gram(kept(model, x), vs, seed=0)
     plain = [{p: v for p, v in zip(model.layer.parameters(), d.values(), strict=True)} for d in vs]
     dense.assert_exact(F, dense.gram(model.layer, x, plain, "gaussian"))
 
@@ -202,11 +202,11 @@ def test_the_masks_of_dropout_are_those_of_the_streams():
     torch.manual_seed(7)
     streams = Streams.now(torch.device("cpu"))
     torch.rand(3)
-    F = products(model).gram(kept(x), vs, streams)
+    F = products(model).gram(kept(model, x), vs, streams)
     dense.assert_exact(F, dense.gram(model, x, vs, "gaussian", seed=7))
-    other = products(model).gram(kept(x), vs, seed=8)
+    other = products(model).gram(kept(model, x), vs, seed=8)
     assert dense.relative_error(other, F) > dense.DIFFERENT
-    with bare_pass(kept(x)[0], torch.device("cpu"), streams):
+    with bare_pass(kept(model, x)[0], torch.device("cpu"), streams):
         assert torch.equal(torch.get_rng_state(), streams.cpu)
 
 
@@ -285,6 +285,6 @@ def test_a_part_of_the_batch_for_the_products():
     model, _ = model_and_inputs("mlp")
     x, vs = dense.randn(600, 3), directions(model)
     part = products(model, fraction=0.25)
-    dense.assert_exact(part.gram(kept(x), vs, 0, update=2), dense.gram(model, x[300:450], vs, "gaussian"))
-    dense.assert_exact(part.gram(kept(x[:200]), vs, 0), dense.gram(model, x[:128], vs, "gaussian"))
-    dense.assert_exact(part.gram(kept(x[:100]), vs, 0), dense.gram(model, x[:100], vs, "gaussian"))
+    dense.assert_exact(part.gram(kept(model, x), vs, 0, update=2), dense.gram(model, x[300:450], vs, "gaussian"))
+    dense.assert_exact(part.gram(kept(model, x[:200]), vs, 0), dense.gram(model, x[:128], vs, "gaussian"))
+    dense.assert_exact(part.gram(kept(model, x[:100]), vs, 0), dense.gram(model, x[:100], vs, "gaussian"))

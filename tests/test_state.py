@@ -374,6 +374,7 @@ def test_an_attached_copy_counts_every_batch_once():
     train(model, optimizer, range(3))
     twin, other = copy.deepcopy((model, optimizer))
     other.attach(twin)
+    train(twin, other, range(3, 4))
     calls = {id(m): len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()}
     copied = {id(m): len(m._forward_hooks) + len(m._forward_pre_hooks) for m in twin.modules()}
     assert sorted(copied.values()) == sorted(calls.values())

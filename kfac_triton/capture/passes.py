@@ -43,7 +43,7 @@ def changed_outputs(module: nn.Module, change: Callable[[Inputs, Any], Any]) -> 
     """In here the module returns change(inputs, what it returned), in compiled models too, which run eagerly."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
-        return change(Inputs(args, kwargs, ()), returned)
+        return change(Inputs(module, args, kwargs), returned)
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:

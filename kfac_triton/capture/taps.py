@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from kfac_triton.blocks import conv, linear
 from kfac_triton.blocks.use import Part, Use
-from kfac_triton.capture.inputs import Hooks, Inputs, OwnPass
+from kfac_triton.capture.inputs import Hooks, OwnPass
+from kfac_triton.capture.ledger import transformed
 
 
 class _Tap(torch.autograd.Function):
@@ -48,8 +49,8 @@ class ModuleTaps(Hooks):
     """Taps in the user's own passes, for linear modules and convolutions whose weight is a parameter.
 
     `on_use(module)` is called in the forward pass and returns what receives (x, dy) in the backward pass, once for each
-    use, also under activation checkpointing; `on_output(inputs, returned)` with what the root returned. All may be
-    traced by torch.compile. The output projection of attention is left out, since its module is never called.
+    use, also under activation checkpointing. Both may be traced by torch.compile. The output projection of attention is
+    left out, since its module is never called.
     `own_calls` counts the calls of each weight's modules in passes of K-FAC's own, where there are no taps.
     """
 
@@ -58,15 +59,12 @@ class ModuleTaps(Hooks):
         module: nn.Module,
         parameters: Iterable[nn.Parameter],
         on_use: Callable[[nn.Module], Callable[[Tensor, Tensor], None]],
-        on_output: Callable[[Inputs, Any], None],
     ) -> None:
         super().__init__()
         self.weights: dict[nn.Parameter, nn.Module] = {}
         self.own_calls: Counter[nn.Parameter] = Counter()
-        self._root = module
-        self._on_use, self._on_output = on_use, on_output
+        self._on_use = on_use
         known = set(parameters)
-        self.handles.append(module.register_forward_hook(self._after_root, with_kwargs=True))
         unheard = {child.out_proj for child in module.modules() if isinstance(child, nn.MultiheadAttention)}
         elsewhere = {
             p for child in module.modules() if not isinstance(child, TAPPED) for p in child.parameters(recurse=False)
@@ -79,11 +77,7 @@ class ModuleTaps(Hooks):
                 self.handles.append(child.register_forward_hook(self._after_layer))
 
     def _live(self) -> bool:
-        return not self.inert and not OwnPass.running and self._root.training and torch.is_grad_enabled()
-
-    def _after_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
-        if self._live():
-            self._on_output(Inputs(args, kwargs, ()), returned)
+        return not self.inert and not OwnPass.running and torch.is_grad_enabled() and not transformed()
 
     def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         if OwnPass.running and not self.inert and y.requires_grad:
