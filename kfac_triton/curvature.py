@@ -18,7 +18,7 @@ from kfac_triton import distributed
 from kfac_triton.approximations import eigen, inverse_free, kronecker, temporal, tridiagonal
 from kfac_triton.arguments import Settings, check_sharing
 from kfac_triton.blocks.layout import Layout
-from kfac_triton.capture import Inputs, RootInputs, sweep_inert
+from kfac_triton.capture import Inputs, ModuleState, RootInputs, sweep_inert
 from kfac_triton.damping import factored_damping
 from kfac_triton.empirical import EmpiricalSums
 from kfac_triton.expected import expected_uses
@@ -46,6 +46,7 @@ class Curvature:
 
     def __init__(self, module: nn.Module, settings: Settings, parameters: list[nn.Parameter]) -> None:
         self.module = module
+        self.module_state = ModuleState(module)
         self.settings = settings
         self.blocks: dict[nn.Parameter, Block] = {}
         self.reasons: dict[nn.Parameter, str] = {}
@@ -61,10 +62,10 @@ class Curvature:
         self._unmeasured: list[kronecker.FactorUpdate] = []
         check_sharing(settings.weight_sharing, self.names.values())
         if settings.fisher == "empirical":
-            self._sums = EmpiricalSums(module, parameters, settings)
+            self._sums = EmpiricalSums(self.module_state, parameters, settings)
         elif settings.likelihood is not None:
             self._pass = FisherPass(
-                module,
+                self.module_state,
                 settings.likelihood,
                 settings.output,
                 settings.mask,
@@ -75,7 +76,8 @@ class Curvature:
             )
         sweep_inert(module)
         on_forward = None if self._sums is None else self._sums.begin
-        self.root = RootInputs(module, parameters, {"cpu", *(p.device.type for p in parameters)}, on_forward)
+        device_types = {"cpu", *(p.device.type for p in parameters)}
+        self.root = RootInputs(self.module_state, parameters, device_types, on_forward)
 
     def close(self) -> None:
         """Remove every hook."""

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from kfac_triton.capture.patches import own_pass_running
+from kfac_triton.capture.state import ModuleState, Opening
+
 log = logging.getLogger("kfac_triton")
 
 MAX_KEPT_BYTES = 2**31
@@ -30,22 +33,18 @@ class Autocast(NamedTuple):
 class Inputs(NamedTuple):
     """What one call of the root received, by reference, with the autocast states of that moment.
 
-    `note` is whatever the keeper's `on_forward` returned for this pass.
+    `note` is whatever the keeper's `on_forward` returned for this pass; `opening` says where the pass began, None in
+    compiled code.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: tuple[Autocast, ...]
     note: Any = None
+    opening: Opening | None = None
 
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
-
-
-class OwnPass:
-    """Whether a pass of K-FAC's own is running, in which no optimizer keeps inputs."""
-
-    running = False
 
 
 class Hooks:
@@ -83,7 +82,7 @@ def sweep_inert(module: nn.Module) -> None:
 
 
 class RootInputs(Hooks):
-    """Keeps the inputs of the training passes of `module` until they are taken.
+    """Keeps the inputs of the training passes of `state.root` until they are taken.
 
     Only calls in training mode with gradients enabled count, and only those whose backward pass came: the gradient of
     the outputs says so, or in a compiled model, where outputs carry no hooks, the first gradient of a parameter.
@@ -91,12 +90,13 @@ class RootInputs(Hooks):
 
     def __init__(
         self,
-        module: nn.Module,
+        state: ModuleState,
         parameters: Iterable[nn.Parameter],
         device_types: Iterable[str],
         on_forward: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
+        self._state, module = state, state.root
         self._on_forward = on_forward
         self._entered: Inputs | None = None
         self._compiled: Inputs | None = None
@@ -121,22 +121,28 @@ class RootInputs(Hooks):
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._entered = None
-        if self.inert or OwnPass.running or not module.training or not torch.is_grad_enabled():
+        if self.inert or not module.training or not torch.is_grad_enabled():
+            return
+        compiling = torch.compiler.is_compiling()  # compiled code would keep the answer for this thread
+        if not compiling and own_pass_running():
             return
         autocast = tuple(
             Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in self._device_types
         )
         note = None if self._on_forward is None else self._on_forward()
-        if torch.compiler.is_compiling():
-            self._compiled = Inputs(args, kwargs, autocast, note)
+        if compiling:
+            self._compiled = Inputs(_containers_copied(args), _containers_copied(kwargs), autocast, note)
         else:
-            self._entered = Inputs(args, kwargs, autocast, note)
+            self._entered = Inputs(args, kwargs, autocast, note, self._state.opening(args, kwargs))
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         if torch.compiler.is_compiling() or self.inert or self._entered is None:
             return
-        inputs, self._entered = self._entered, None
+        entered, self._entered = self._entered, None
+        assert entered.opening is not None
+        args, kwargs = self._state.closing(entered.opening)
+        inputs = entered._replace(args=args, kwargs=kwargs)
         tensors = list(_output_tensors(returned))
         for t in tensors:
             if t.grad_fn is not None:  # a hook on a leaf, a parameter among the outputs, would outlive the pass
@@ -145,7 +151,14 @@ class RootInputs(Hooks):
             self._untracked.append(inputs)
 
     def _after_backward(self, parameter: Tensor) -> None:
-        self._flush()
+        if own_pass_running():
+            self.drop_compiled()
+        else:
+            self._flush()
+
+    def drop_compiled(self) -> None:
+        """Forgets the pass of compiled code that was noted last: it was K-FAC's own."""
+        self._compiled = None
 
     def _flush(self) -> None:
         """Keeps the passes whose outputs tell nothing of their backward pass."""
@@ -197,6 +210,13 @@ class RootInputs(Hooks):
         self._untracked.clear()
         self._entered = self._compiled = None
         self.forget()
+
+
+def _containers_copied(held: Any) -> Any:
+    """The dictionaries and lists among arguments copied, in a way that compiled code can follow."""
+    if isinstance(held, dict):
+        return {name: dict(v) if type(v) is dict else list(v) if type(v) is list else v for name, v in held.items()}
+    return tuple(dict(v) if type(v) is dict else list(v) if type(v) is list else v for v in held)
 
 
 def _output_tensors(returned: Any) -> Iterator[Tensor]:

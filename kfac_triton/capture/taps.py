@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from kfac_triton.blocks import conv, linear
 from kfac_triton.blocks.use import Part, Use
-from kfac_triton.capture.inputs import Hooks, Inputs, OwnPass
+from kfac_triton.capture.inputs import Hooks, Inputs
+from kfac_triton.capture.patches import own_pass_running
 
 
 class _Tap(torch.autograd.Function):
@@ -79,14 +80,16 @@ class ModuleTaps(Hooks):
                 self.handles.append(child.register_forward_hook(self._after_layer))
 
     def _live(self) -> bool:
-        return not self.inert and not OwnPass.running and self._root.training and torch.is_grad_enabled()
+        if self.inert or not self._root.training or not torch.is_grad_enabled():
+            return False
+        return torch.compiler.is_compiling() or not own_pass_running()  # compiled code would keep the answer
 
     def _after_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         if self._live():
             self._on_output(Inputs(args, kwargs, ()), returned)
 
     def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-        if OwnPass.running and not self.inert and y.requires_grad:
+        if not torch.compiler.is_compiling() and own_pass_running() and not self.inert and y.requires_grad:
             self.own_calls[cast(nn.Parameter, module.weight)] += 1
         if not self._live() or not y.requires_grad:
             return None
