@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import distributed
-from kfac_triton.capture import ModuleState, backward_calls, closure_pass
+from kfac_triton.capture import ModuleState, alone, backward_calls, closure_pass
 
 
 class Objective:
@@ -29,11 +29,17 @@ class Objective:
         self._device = parameters[0].device
 
     def call(self) -> Any:
-        """The user's own call, which fills the gradients; what the closure returned."""
-        self.opening = self._state.opening()
-        with backward_calls() as self._backward_calls:
-            self._returned = self._closure()
-        self._state.closing(self.opening)
+        """The user's own call, which fills the gradients; what the closure returned.
+
+        A closure that draws random numbers runs alone among those of all threads, so that they can be drawn again.
+        """
+        drawing = self._state.closure_draws and not distributed.active()
+        with alone() if drawing else nullcontext():
+            self.opening = self._state.opening()
+            with backward_calls() as self._backward_calls:
+                self._returned = self._closure()
+            self._state.closing(self.opening)
+        self._state.closure_draws = bool(self.opening.drew)
         return self._returned
 
     @cached_property

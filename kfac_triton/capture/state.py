@@ -70,6 +70,7 @@ class ModuleState:
         self.root = root
         self.writes_inputs = False
         self.draws = self.draws_others = False  # torch's global generators; Python's or numpy's
+        self.closure_draws = True  # until it is known that the last closure drew nothing
         self.written: dict[nn.Parameter, None] = {}
         self.verified = False  # whether a pass of K-FAC's own has shown that it writes to no other trained parameter
         self._known = False
