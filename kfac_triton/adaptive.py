@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kfac_triton import distributed, loss_scale, ops
 from kfac_triton.arguments import Settings
+from kfac_triton.capture import ModuleState
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import Adaptation, factored_damping, reduction_ratio
 from kfac_triton.objective import Objective, move_, moved
@@ -47,8 +48,8 @@ class Candidate:
 class AdaptiveStep:
     """Steps by the quadratic model. Holds no state of its own: numbers live in the groups."""
 
-    def __init__(self, module: nn.Module, settings: Settings) -> None:
-        self._proposer = Proposer(module, settings)
+    def __init__(self, state: ModuleState, settings: Settings) -> None:
+        self._proposer = Proposer(state, settings)
         self._loss_scale = settings.loss_scale
         self._seed = settings.seed
         self._adaptation = Adaptation()

@@ -18,7 +18,7 @@ from kfac_triton import distributed
 from kfac_triton.approximations import eigen, inverse_free, kronecker, temporal, tridiagonal
 from kfac_triton.arguments import Settings, check_sharing
 from kfac_triton.blocks.layout import Layout
-from kfac_triton.capture import Call, Ledger, sweep_inert
+from kfac_triton.capture import Call, Ledger, ModuleState, sweep_inert
 from kfac_triton.damping import factored_damping
 from kfac_triton.empirical import EmpiricalSums
 from kfac_triton.expected import expected_uses
@@ -56,6 +56,7 @@ class Curvature:
         due: Callable[[], int | None],
     ) -> None:
         self.module = module
+        self.module_state = ModuleState(module)
         self.settings = settings
         self.blocks: dict[nn.Parameter, Block] = {}
         self.reasons: dict[nn.Parameter, str] = {}
@@ -72,9 +73,10 @@ class Curvature:
         self._unmeasured: list[kronecker.FactorUpdate] = []
         check_sharing(settings.weight_sharing, self.names.values())
         if settings.fisher == "empirical":
-            self._sums = EmpiricalSums(module, parameters, settings)
+            self._sums = EmpiricalSums(self.module_state, parameters, settings)
         elif settings.likelihood is not None:
             self._pass = FisherPass(
+                self.module_state,
                 settings.likelihood,
                 settings.output,
                 settings.mask,
@@ -88,7 +90,7 @@ class Curvature:
             always = settings.fisher_pass == "piggyback"
             self._piggyback = Piggyback(self._pass, lambda: self.parameters, due, always)
         device_types = {"cpu", *(p.device.type for p in parameters)}
-        self.passes = Ledger(module, parameters, device_types, self._sums or self._piggyback)
+        self.passes = Ledger(self.module_state, parameters, device_types, self._sums or self._piggyback)
         if self._sums is not None:
             self._sums.destination = self.passes.destination
         if self._piggyback is not None:
@@ -151,7 +153,7 @@ class Curvature:
         `unscale` undoes the GradScaler's scale, which the empirical Fisher's gradients carry.
         """
         self._report_suspects()
-        seen = None if self._piggyback is None else self._piggyback.take()
+        seen = None if self._piggyback is None else self._piggyback.take(kept)
         if seen is None and not self._repeatable(kept):
             return
         due = [p for p in parameters if group_of(p)["step"] % group_of(p)["factor_interval"] == 0]

@@ -19,7 +19,17 @@ from kfac_triton.approximations.kronecker import Statistics, by_form, factor_dty
 from kfac_triton.arguments import Settings
 from kfac_triton.blocks.layout import DIAGONAL, Layout
 from kfac_triton.blocks.use import Use
-from kfac_triton.capture import Call, Destination, Inputs, Listener, ModuleTaps, Recorded, bare_pass, module_use
+from kfac_triton.capture import (
+    Call,
+    Destination,
+    Inputs,
+    Listener,
+    ModuleState,
+    ModuleTaps,
+    Recorded,
+    bare_pass,
+    module_use,
+)
 from kfac_triton.factors import Accumulation
 from kfac_triton.fisher import SeenUse, counted_terms, recorded_forward, tensor_of_outputs
 from kfac_triton.likelihoods import Categorical
@@ -70,9 +80,9 @@ class EmpiricalSums(Listener):
     destination: Callable[[], Destination]
     assigned_gradients = False
 
-    def __init__(self, module: nn.Module, parameters: list[nn.Parameter], settings: Settings) -> None:
-        self._module = module
-        self._names = {p: name for name, p in module.named_parameters()}
+    def __init__(self, state: ModuleState, parameters: list[nn.Parameter], settings: Settings) -> None:
+        self._state, self._module = state, state.root
+        self._names = {p: name for name, p in state.root.named_parameters()}
         self._settings = settings
         self._likelihood = settings.likelihood or Categorical()
         device = parameters[0].device if parameters else torch.device("cpu")
@@ -206,8 +216,8 @@ class EmpiricalSums(Listener):
         """Refuses the weights that the model also uses outside their modules, where no tap sees it."""
         self.refused, self._taps.own_calls = {}, Counter()
         try:
-            with bare_pass(inputs, self._zero.device, self._settings.seed):
-                recorder, _ = recorded_forward(inputs, self._sums)
+            with bare_pass(self._state, inputs, self._settings.seed) as replay:
+                recorder, _ = recorded_forward(replay, inputs, self._sums)
         except Exception as error:  # the user's forward may need surroundings that step() lacks
             log.warning(
                 'fisher="empirical" could not check that no weight is used outside its module: the forward pass '

@@ -14,12 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from kfac_triton import distributed
 from kfac_triton.blocks.custom import LayerBlock
-from kfac_triton.capture import Call, Inputs, Recorded, UseRecorder, bare_pass, custom_layers, uncheckpointed
+from kfac_triton.capture import (
+    Call,
+    Inputs,
+    ModuleState,
+    Recorded,
+    Replay,
+    UseRecorder,
+    bare_pass,
+    custom_layers,
+    uncheckpointed,
+)
 from kfac_triton.likelihoods import Likelihood
 
 log = logging.getLogger("kfac_triton")
@@ -76,20 +85,17 @@ def tensor_of_outputs(returned: Any, output: Callable[[Any], Tensor] | None) -> 
 
 
 def recorded_forward(
-    inputs: Inputs, parameters: Iterable[nn.Parameter], blocks: Blocks | None = None
+    replay: Replay, inputs: Inputs, parameters: Iterable[nn.Parameter], blocks: Blocks | None = None
 ) -> tuple[UseRecorder, Any]:
-    """What the called module does with `parameters` on `inputs`, and what it returned; buffers stay as they were.
+    """What the called module does with `parameters` on `inputs`, and what it returned.
 
     `blocks`: those of the user's own types of layers.
     """
-    args, kwargs = tree_map(
-        lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (inputs.args, inputs.kwargs)
-    )
     module = inputs.module
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    args, kwargs = replay.start(inputs.args, inputs.kwargs)
     recorder = UseRecorder(parameters)
     with uncheckpointed(module), custom_layers(module, recorder, blocks or {}), recorder:
-        returned = functional_call(module, buffers, args, kwargs) if buffers else module(*args, **kwargs)
+        returned = module(*args, **kwargs)
     return recorder, returned
 
 
@@ -121,10 +127,11 @@ class FisherPass:
     """Runs the called modules on kept inputs and collects the uses of its weights with their gradients.
 
     `fraction` of each batch is used, never fewer than `least_examples`, from a place that moves with each update; in
-    the k-th update at least 1/k of it, since the first averages stand on so little. Nothing is written to: parameters'
-    `.grad`, buffers (BatchNorm's running statistics) and the global random streams stay as they were.
+    the k-th update at least 1/k of it, since the first averages stand on so little. Each pass starts where the user's
+    pass began and leaves everything as it was.
     """
 
+    state: ModuleState
     likelihood: Likelihood
     output: Callable[[Any], Tensor] | None
     mask: Callable[[Any, Tensor], Tensor] | None
@@ -142,16 +149,22 @@ class FisherPass:
         seen = Seen(terms_per_example=terms_per_example)
         for number, call in enumerate(kept):
             call.check_unwritten()
-            inputs = call.inputs
             seed = mixed_seed(self.seed, update, number + (distributed.rank() << 32))
-            with bare_pass(inputs, parameters[0].device, seed):
-                self._one_batch(inputs, parameters, update, seed, number, seen)
+            with bare_pass(self.state, call.inputs, seed) as replay:
+                self._one_batch(replay, call.inputs, parameters, update, seed, number, seen)
         return seen
 
     def _one_batch(
-        self, inputs: Inputs, parameters: list[nn.Parameter], update: int, seed: int, number: int, seen: Seen
+        self,
+        replay: Replay,
+        inputs: Inputs,
+        parameters: list[nn.Parameter],
+        update: int,
+        seed: int,
+        number: int,
+        seen: Seen,
     ) -> None:
-        inputs, recorder, z = self._forward(inputs, parameters, update, least_examples(seen.terms_per_example))
+        inputs, recorder, z = self._forward(replay, inputs, parameters, update, least_examples(seen.terms_per_example))
         directions, valid, examples = self.directions(inputs, z.detach(), seed, seen)
         seen.unsupported.update(recorder.uses.unsupported)
         seen.roots.append(z.grad_fn)
@@ -211,12 +224,12 @@ class FisherPass:
                 yield one.reshape(terms.shape)
 
     def _forward(
-        self, inputs: Inputs, parameters: list[nn.Parameter], update: int, least: int
+        self, replay: Replay, inputs: Inputs, parameters: list[nn.Parameter], update: int, least: int
     ) -> tuple[Inputs, UseRecorder, Tensor]:
         """The recorded forward pass on a part of the batch, or on all of it where the part cannot be cut out."""
         part = self._part(inputs, update, least)
         try:
-            return part, *self._outputs(part, parameters)
+            return part, *self._outputs(replay, part, parameters)
         except (RuntimeError, ValueError, IndexError) as error:
             if part is inputs:
                 raise
@@ -226,10 +239,10 @@ class FisherPass:
                 str(error).split("\n", 1)[0],
             )
             self.fraction = 1.0
-            return inputs, *self._outputs(inputs, parameters)
+            return inputs, *self._outputs(replay, inputs, parameters)
 
-    def _outputs(self, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[UseRecorder, Tensor]:
-        recorder, returned = recorded_forward(inputs, parameters, self.blocks)
+    def _outputs(self, replay: Replay, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[UseRecorder, Tensor]:
+        recorder, returned = recorded_forward(replay, inputs, parameters, self.blocks)
         return recorder, tensor_of_outputs(returned, self.output)
 
     def _part(self, inputs: Inputs, update: int, least: int) -> Inputs:

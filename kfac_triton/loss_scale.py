@@ -65,7 +65,7 @@ class _Shifted:
 
     def loss(self, objective: Objective) -> float:
         self._sums = torch.zeros(2, dtype=torch.float64)  # u^T H u and the loss terms
-        with changed_outputs(self._products.module, self._change):
+        with changed_outputs(self._products.state.root, self._change):
             loss = objective.loss()
         distributed.average_([self._sums])
         curved, terms = self._sums.tolist()

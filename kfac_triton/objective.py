@@ -2,69 +2,72 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from kfac_triton import distributed
-from kfac_triton.capture import Streams, own_pass
+from kfac_triton.capture import ModuleState, alone, backward_calls, closure_pass
 
 
 class Objective:
-    """`first`: the loss that the closure returned in this step, the mean over all ranks.
+    """The closure of one step, whose first call `call` makes.
 
     `forward_only`: the closure is asked again without its backward passes, which take two thirds of its time; false
     once it has failed so, and for data-parallel ranks, whose wrapper waits for them.
     """
 
     def __init__(
-        self,
-        closure: Callable[[], Any],
-        returned: Any,
-        module: nn.Module,
-        parameters: list[nn.Parameter],
-        streams: Streams,
-        forward_only: bool = True,
+        self, closure: Callable[[], Any], state: ModuleState, parameters: list[nn.Parameter], forward_only: bool = True
     ) -> None:
-        self.streams = streams
         self.forward_only = forward_only and not distributed.active()
-        self._closure, self._module, self._parameters = closure, module, parameters
+        self._closure, self._state, self._parameters = closure, state, parameters
         self._device = parameters[0].device
-        self.first = self._mean(returned)
+
+    def call(self) -> Any:
+        """The user's own call, which fills the gradients; what the closure returned.
+
+        A closure that draws random numbers runs alone among those of all threads, so that they can be drawn again.
+        """
+        drawing = self._state.closure_draws and not distributed.active()
+        with alone() if drawing else nullcontext():
+            self.opening = self._state.opening()
+            with backward_calls() as self._backward_calls:
+                self._returned = self._closure()
+            self._state.closing(self.opening)
+        self._state.closure_draws = bool(self.opening.drew)
+        return self._returned
+
+    @cached_property
+    def first(self) -> float:
+        """The loss that the first call returned, the mean over all ranks."""
+        return self._mean(self._returned)
 
     def loss(self) -> float:
         """The loss where the parameters are now, with the random numbers of the first call, the mean over all ranks.
 
-        Gradients, buffers, the random streams and what was kept for the factors are as before afterwards.
+        The closure starts in the model's state of the first call. Afterwards this state is as the first call left it,
+        and so are the gradients, also those of parameters of other optimizers.
         """
         if self.forward_only:
             try:
-                with no_backward():
-                    return self._mean(self._asked_again())
+                return self._mean(self._asked_again(backward=False))
             except Exception:  # whatever a closure does with gradients that are not there
                 self.forward_only = False
-        return self._mean(self._asked_again())
+        return self._mean(self._asked_again(backward=True))
 
-    def _asked_again(self) -> Any:
-        grads = [p.grad for p in self._parameters]
-        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
-        try:
-            for p in self._parameters:
-                p.grad = None
-            with own_pass(self._device), torch.enable_grad():
-                self.streams.restore(self._device)
-                return self._closure()
-        finally:
-            for p, grad in zip(self._parameters, grads, strict=True):
-                p.grad = grad
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    def _asked_again(self, *, backward: bool) -> Any:
+        with closure_pass(self._state, self.opening, self._leaves, backward=backward):
+            return self._closure()
+
+    @cached_property
+    def _leaves(self) -> list[Tensor]:
+        """The tensors whose gradients the closure may clear or fill."""
+        return [*self._parameters, *self._state.root.parameters(), *self._backward_calls.leaves()]
 
     @property
     def resolution(self) -> float:
@@ -76,58 +79,6 @@ class Objective:
         mean = torch.tensor(number(returned), dtype=torch.float64, device=self._device)
         distributed.average_([mean])
         return float(mean)
-
-
-class _Backward:
-    """Torch's two backward functions, which belong to the whole process, and the threads that do without them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._without: set[int] = set()
-        self._patches: list[Any] = []
-
-    def leave_out(self, thread: int) -> None:
-        with self._lock:
-            if not self._without:
-                self._patches = [
-                    mock.patch.object(owner, "backward", self._in_other_threads(owner.backward))
-                    for owner in (torch.Tensor, torch.autograd)
-                ]
-                for patch in self._patches:
-                    patch.start()
-            self._without.add(thread)
-
-    def give_back(self, thread: int) -> None:
-        with self._lock:
-            self._without.discard(thread)
-            if not self._without:
-                for patch in self._patches:
-                    patch.stop()
-
-    def _in_other_threads(self, backward: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(backward)
-        def maybe(*args: Any, **kwargs: Any) -> None:
-            if threading.get_ident() not in self._without:
-                backward(*args, **kwargs)
-
-        return maybe
-
-
-_BACKWARD = _Backward()
-
-
-@contextmanager
-def no_backward() -> Iterator[None]:
-    """In here Tensor.backward and autograd.backward do nothing in this thread; in others they are as ever.
-
-    Forward passes are those of training, graph and all, so that compiled code and random numbers are the same.
-    """
-    here = threading.get_ident()
-    _BACKWARD.leave_out(here)
-    try:
-        yield
-    finally:
-        _BACKWARD.give_back(here)
 
 
 def number(loss: Any) -> float:

@@ -17,7 +17,7 @@ from kfac_triton.adaptive import AdaptiveStep
 from kfac_triton.approximations import average, eigen, inverse_free, kronecker, tridiagonal
 from kfac_triton.approximations import temporal as temporal_state
 from kfac_triton.blocks.custom import LayerBlock
-from kfac_triton.capture import Call, Streams
+from kfac_triton.capture import Call
 from kfac_triton.compiled import CompiledStep
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import factored_damping
@@ -239,7 +239,8 @@ class KFAC(torch.optim.Optimizer):
 
         self._curvature = Curvature(module, self._settings, self._parameters(), due)
         self._curvature.record_passes(any(group["piggyback"] for group in self.param_groups))
-        self._adaptive = None if self._settings.likelihood is None else AdaptiveStep(module, self._settings)
+        state = self._curvature.module_state
+        self._adaptive = None if self._settings.likelihood is None else AdaptiveStep(state, self._settings)
         self._hooks = weakref.finalize(self, self._curvature.close)
         self._names = [self._curvature.names[p] for p in self._parameters()]
 
@@ -333,11 +334,14 @@ class KFAC(torch.optim.Optimizer):
                 'damping="adaptive" asks for the loss again after the step: pass a closure, '
                 "optimizer.step(closure), that clears the gradients, computes the loss, calls backward and returns it"
             )
-        loss, streams = None, None
+        loss, objective = None, None
         if closure is not None:
-            streams = Streams.now(self._parameters()[0].device) if adaptive else None
             with torch.enable_grad():
-                loss = closure()
+                if adaptive:
+                    objective = Objective(closure, curvature.module_state, self._parameters(), self._forward_only)
+                    loss = objective.call()
+                else:
+                    loss = closure()
         parameters = [p for p in self._parameters() if p.grad is not None]
         if any(p.grad is not None and p.grad.is_sparse for p in parameters):
             raise ValueError("KFAC takes no sparse gradients; build the embedding with sparse=False")
@@ -369,12 +373,10 @@ class KFAC(torch.optim.Optimizer):
         if adaptive:
             assert self._adaptive is not None
             self._check_repeatable(kept)
-            objective = None
-            if closure is not None and streams is not None:
-                objective = Objective(closure, loss, curvature.module, parameters, streams, self._forward_only)
             occasion = Occasion(parameters, [call.inputs for call in kept], unscale, finite, objective)
             self._last = self._adaptive.step(self, curvature, occasion)
             self._forward_only = objective is None or objective.forward_only
+            curvature.passes.reset()  # compiled code cannot tell that K-FAC called the closure
             return loss
         curvature.update_inverses(self.state, group_of)
         precision = self._settings.precision

@@ -8,7 +8,7 @@ No second forward pass runs; the whole batch enters the factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +58,8 @@ class _Outputs:
 
 
 class Piggyback(Listener):
-    """Records the passes of `ledger` while `armed`, in steps whose factors are due.
+    """Records the passes of `ledger` while `armed`, in steps whose factors are due, and from a call of a lone layer on
+    until the next step.
 
     `due()` returns the number of the next factor update, or None where the next step makes none.
     """
@@ -73,16 +74,17 @@ class Piggyback(Listener):
         armed: bool,
     ) -> None:
         self.armed = armed
+        self._layers = False
         self._sampling = sampling
         self._parameters, self._due = parameters, due
         self._here: _Outputs | None = None
         self._counted: list[Seen] = []
 
     def opened(self, call: Call) -> None:
-        lone_layer = not any(call.inputs.module.children()) and call.inputs.module is not self.ledger.root
-        if not (self.armed or lone_layer) or self._due() is None or compiled_parts(call.inputs.module):
+        module = call.inputs.module
+        self._layers |= not any(module.children()) and module is not self.ledger.root
+        if not (self.armed or self._layers) or self._due() is None or compiled_parts(module):
             return
-        self.armed = True
         recorder = UseRecorder(p for p in self._parameters() if p.requires_grad)
         surroundings = ExitStack()
         surroundings.enter_context(custom_layers(call.inputs.module, recorder, self._sampling.blocks))
@@ -157,11 +159,13 @@ class Piggyback(Listener):
     def dropped(self) -> None:
         self._counted.clear()
 
-    def take(self) -> Seen | None:
-        """What the passes of this step gave; None where nothing was recorded."""
+    def take(self, kept: Sequence[Call]) -> Seen | None:
+        """What the passes of this step gave; None where one of its calls was not recorded."""
         found, self._counted = self._counted, []
-        if not found:
+        self._layers = False
+        if not found or any(call.record is None for call in kept):
             return None
+        self.armed |= any(call.ancestors for call in kept)
         seen, last = Seen(terms_per_example=found[-1].terms_per_example), 0
         for one in found:
             seen.terms = seen.terms + one.terms

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kfac_triton import assembly, distributed, update
 from kfac_triton.arguments import Settings
-from kfac_triton.capture import Inputs
+from kfac_triton.capture import Inputs, ModuleState
 from kfac_triton.curvature import Curvature
 from kfac_triton.objective import Objective, moved
 from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
@@ -64,10 +64,10 @@ class Occasion:
 class Proposer:
     """Holds no state but which way of computing J v works."""
 
-    def __init__(self, module: nn.Module, settings: Settings) -> None:
+    def __init__(self, state: ModuleState, settings: Settings) -> None:
         assert settings.likelihood is not None
         self.products = FisherProducts(
-            module, settings.likelihood, settings.output, settings.mask, settings.quadratic_fraction
+            state, settings.likelihood, settings.output, settings.mask, settings.quadratic_fraction
         )
         self._loss_scale = settings.loss_scale
         self._seed = settings.seed
@@ -115,7 +115,7 @@ class Proposer:
     def _fisher(self, directions: list[Direction], now: Occasion, step: int) -> Tensor:
         """scale v_i^T F v_j, with zeros for directions that are empty."""
         present = [i for i, v in enumerate(directions) if v]
-        seed = self._seed if now.objective is None else now.objective.streams
+        seed = self._seed if now.objective is None else now.objective.opening
         found = self.products.gram(now.kept, [directions[i] for i in present], seed, step)
         distributed.average_([found])
         F = found.new_zeros(len(directions), len(directions))

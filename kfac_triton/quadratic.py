@@ -12,19 +12,16 @@ forward-mode product J v and no backward pass.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfac_triton.capture import Inputs, Streams, Unrolled, bare_pass, uncheckpointed
+from kfac_triton.capture import Inputs, ModuleState, Opening, Replay, Unrolled, alone, bare_pass, uncheckpointed
 from kfac_triton.fisher import counted_terms, part_of_batch, tensor_of_outputs
 from kfac_triton.likelihoods import Likelihood
 
@@ -52,10 +49,8 @@ def _all_at_once(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tu
 
 def _one_by_one(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
     """The same in a pass for each direction, free of what vmap forbids, such as writing to a buffer."""
-    streams = Streams.now(values[0].device)
     products = []
     for v in tangents:
-        streams.restore(values[0].device)
         with forward_ad.dual_level():
             z = outputs(tuple(forward_ad.make_dual(*pair) for pair in zip(values, v, strict=True)))
             primal, tangent = forward_ad.unpack_dual(z)
@@ -80,24 +75,21 @@ def _by_double_backward(outputs: Outputs, values: tuple[Tensor, ...], tangents: 
 WAYS = (_all_at_once, _one_by_one, _by_double_backward)
 
 
-@contextmanager
-def batch_statistics(module: nn.Module) -> Iterator[None]:
+def use_batch_statistics(module: nn.Module) -> None:
     """Normalisation layers in training use the batch's statistics as before, and no longer note them."""
-    noting = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
-    with ExitStack() as stack:
-        for m in noting:
-            stack.enter_context(mock.patch.object(m, "track_running_stats", False))
-        yield
+    for m in module.modules():
+        if m.training and getattr(m, "track_running_stats", False):
+            m.track_running_stats = False  # type: ignore[assignment]
 
 
 @dataclass(eq=False, repr=False)
 class FisherProducts:
-    """Products with the exact Fisher on kept inputs, through the bare module; nothing is written to.
+    """Products with the exact Fisher on kept inputs, through the bare module, which is left as it was.
 
     The first way that works is kept: all directions in one pass, one pass each, two backward passes.
     """
 
-    module: nn.Module
+    state: ModuleState
     likelihood: Likelihood
     output: Callable[[Any], Tensor] | None = None
     mask: Callable[[Any, Tensor], Tensor] | None = None
@@ -105,34 +97,34 @@ class FisherProducts:
     _way: int = field(default=0, init=False)
 
     def gram(
-        self, kept: Sequence[Inputs], directions: Sequence[Direction], seed: int | Streams, update: int = 0
+        self, kept: Sequence[Inputs], directions: Sequence[Direction], seed: int | Opening, update: int = 0
     ) -> Tensor:
         """F_ij = v_i^T F v_j (k, k), float64, for directions v_i; a parameter that one leaves out stands still in it.
 
         `fraction` of every batch is used, never fewer than min(N, 128) examples, from a place that moves with `update`;
         all of it where none can be cut out.
-        `seed`: of the random numbers in the passes; with the streams as the user's pass found them, dropout is its own.
+        `seed`: of the random numbers in the passes; with an opening they are those of the user's pass, which began
+        there where its inputs do not say otherwise.
 
         Raises:
             RuntimeError: no way of computing J v works for this model.
         """
-        moving = [p for p in self.module.parameters() if any(p in v for v in directions)]
+        moving = [p for p in self.state.root.parameters() if any(p in v for v in directions)]
         tangents = [tuple(v[p] if p in v else torch.zeros_like(p) for p in moving) for v in directions]
         device = moving[0].device
         total = torch.zeros(len(directions), len(directions), dtype=torch.float64, device=device)
         terms: float | Tensor = 0.0
         for number, whole in enumerate(kept):
             inputs = part_of_batch(whole, self.fraction, update, MIN_EXAMPLES) or whole
-            own = seed if isinstance(seed, Streams) else seed + number
+            own = seed if isinstance(seed, Opening) else seed + number
             with (
-                bare_pass(inputs, device, own),
+                alone(),  # torch knows one level of forward-mode differentiation for all threads
+                bare_pass(self.state, inputs, own) as replay,
                 torch.no_grad(),
-                sdpa_kernel(SDPBackend.MATH),
-                batch_statistics(self.module),
-                uncheckpointed(self.module),
+                uncheckpointed(self.state.root),
                 Unrolled(),
             ):
-                z, products = self._outputs_and_products(inputs, moving, tangents)
+                z, products = self._outputs_and_products(replay, inputs, moving, tangents)
                 found, count = self.output_gram(inputs, z, products)
             total += found
             terms = terms + count
@@ -154,21 +146,19 @@ class FisherProducts:
         return last.float() if last.dtype.itemsize < 4 else last
 
     def _outputs_and_products(
-        self, inputs: Inputs, moving: list[nn.Parameter], tangents: list[tuple[Tensor, ...]]
+        self, replay: Replay, inputs: Inputs, moving: list[nn.Parameter], tangents: list[tuple[Tensor, ...]]
     ) -> tuple[Tensor, Tensor]:
         names = {p: name for name, p in inputs.module.named_parameters()}
-        buffers = dict(inputs.module.named_buffers())
 
         def outputs(values: tuple[Tensor, ...]) -> Tensor:
             replaced = {names[p]: value for p, value in zip(moving, values, strict=True) if p in names}
-            copies = {name: buffer.clone() for name, buffer in buffers.items()}
-            returned = functional_call(inputs.module, {**replaced, **copies}, inputs.args, inputs.kwargs)
+            args, kwargs = replay.start(inputs.args, inputs.kwargs)
+            use_batch_statistics(inputs.module)
+            returned = functional_call(inputs.module, replaced, args, kwargs)
             return tensor_of_outputs(returned, self.output)
 
         values = tuple(p.detach() for p in moving)
-        streams = Streams.now(values[0].device)
         while True:
-            streams.restore(values[0].device)
             try:
                 return WAYS[self._way](outputs, values, tangents)
             except (RuntimeError, NotImplementedError) as error:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_triton import KFAC, objective, ops, proposal
+from kfac_triton import KFAC, ops, proposal
 from kfac_triton.arguments import CALIBRATED_FROM
+from kfac_triton.capture.patches import kept_gradients
 from kfac_triton.curvature import Curvature
 
 F64 = torch.float64
@@ -442,7 +443,7 @@ def test_backward_passes_of_other_threads_go_on():
     inside, leave = threading.Event(), threading.Event()
 
     def stay() -> None:
-        with objective.no_backward():
+        with kept_gradients(backward=False):
             inside.set()
             assert leave.wait(10)
 
@@ -453,7 +454,7 @@ def test_backward_passes_of_other_threads_go_on():
         return weight.grad
 
     other = threading.Thread(target=stay)
-    with objective.no_backward():
+    with kept_gradients(backward=False):
         other.start()
         assert inside.wait(10)
         assert gradient() is None

@@ -7,7 +7,7 @@ import logging
 import math
 import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -394,12 +394,13 @@ def test_inputs_modified_before_the_step_are_refused():
 
 
 class Counting(nn.Module):
-    """Records the rows of every pass."""
+    """Records the rows of every pass, where K-FAC's own pass does not put back what it finds."""
+
+    seen: ClassVar[list[Tensor]] = []
 
     def __init__(self) -> None:
         super().__init__()
         self.net = network()
-        self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
         self.seen.append(x.detach().clone())

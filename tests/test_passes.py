@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -642,3 +643,39 @@ def test_the_hooks_of_a_known_root_are_few():
     heard = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert heard == [model]
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def python_calls(f: Callable[[], Any]) -> int:
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        f()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_hooks_add_a_bounded_number_of_python_calls():
+    """To a forward and a backward pass, however deep the network."""
+    x, y = torch.randn(16, 8), torch.randint(8, (16,))
+
+    def added(depth: int) -> int:
+        def network() -> nn.Module:
+            return nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(8, 8), nn.Tanh())))
+
+        model, bare = network(), network()
+        optimizer = KFAC(model, **WHOLE)
+        for _ in range(3):
+            train_step(optimizer, model, x, y)
+        model.zero_grad()
+        backward(bare, x, y)
+        bare.zero_grad()
+        return python_calls(lambda: backward(model, x, y)) - python_calls(lambda: backward(bare, x, y))
+
+    shallow, deep = added(4), added(24)
+    assert deep <= 110 and deep - shallow <= 2

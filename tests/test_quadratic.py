@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import quadratic
-from kfac_triton.capture import Inputs, bare_pass
+from kfac_triton.capture import Inputs, ModuleState, bare_pass
 from kfac_triton.likelihoods import as_likelihood
 from kfac_triton.quadratic import FisherProducts, minimise, within
 
@@ -109,7 +109,7 @@ def directions(model: nn.Module, k: int = 2) -> list[dict[nn.Parameter, Tensor]]
 
 
 def products(model: nn.Module, likelihood: str = "gaussian", **options) -> FisherProducts:
-    return FisherProducts(model, as_likelihood(likelihood), **options)
+    return FisherProducts(ModuleState(model), as_likelihood(likelihood), **options)
 
 
 def kept(model: nn.Module, *xs: Tensor) -> list[Inputs]:
@@ -194,20 +194,19 @@ def test_outputs_named_by_the_user():
     dense.assert_exact(F, dense.gram(model.layer, x, plain, "gaussian"))
 
 
-def test_the_masks_of_dropout_are_those_of_the_streams():
-    from kfac_triton.capture import Streams
-
+def test_the_masks_of_dropout_are_those_of_the_users_pass():
     model, x = model_and_inputs("dropout")
-    vs = directions(model)
+    vs, state = directions(model), ModuleState(model)
     torch.manual_seed(7)
-    streams = Streams.now(torch.device("cpu"))
-    torch.rand(3)
-    F = products(model).gram(kept(model, x), vs, streams)
+    opening = state.opening()
+    drawn = torch.rand(3)
+    F = products(model).gram(kept(model, x), vs, opening)
     dense.assert_exact(F, dense.gram(model, x, vs, "gaussian", seed=7))
     other = products(model).gram(kept(model, x), vs, seed=8)
     assert dense.relative_error(other, F) > dense.DIFFERENT
-    with bare_pass(kept(model, x)[0], torch.device("cpu"), streams):
-        assert torch.equal(torch.get_rng_state(), streams.cpu)
+    with bare_pass(state, kept(model, x)[0], opening) as replay:
+        replay.start()
+        assert torch.equal(torch.rand(3), drawn)
 
 
 # E17: the model's minimum.

@@ -1,15 +1,20 @@
-"""The only package that knows hooks and function modes: what enters the root, and every use of a known weight.
+"""The only package that knows hooks, function modes and patches of torch: what enters the root, and every use of a
+known weight.
 
-`inputs`: references to what the user's forward passes received. `ledger`: which of these passes made the present
-gradients. `uses`: which functions use which weights, in K-FAC's
-own pass. `taps`: x and dL/dy in the user's own passes. `passes`: the surroundings of K-FAC's own pass.
+`inputs`: what the user's forward passes received. `state`: where they began. `ledger`: which of them made the present
+gradients. `uses`: which functions use which weights. `taps`: x and dL/dy in the user's own passes. `passes`, `replay`:
+the surroundings of K-FAC's own pass. `patches`: what it changes in torch, per thread.
 """
 
+from kfac_triton.capture.calls import Call, Listener
 from kfac_triton.capture.compiled_calls import compiled_parts
 from kfac_triton.capture.gradients import Destination
 from kfac_triton.capture.inputs import Autocast, Inputs, sweep_inert
-from kfac_triton.capture.ledger import Call, Ledger, Listener
-from kfac_triton.capture.passes import Streams, bare_pass, changed_outputs, own_pass, uncheckpointed
+from kfac_triton.capture.ledger import Ledger
+from kfac_triton.capture.passes import bare_pass, changed_outputs, closure_pass
+from kfac_triton.capture.patches import alone, backward_calls, uncheckpointed
+from kfac_triton.capture.replay import Replay
+from kfac_triton.capture.state import ModuleState, Opening
 from kfac_triton.capture.taps import ModuleTaps, module_use
 from kfac_triton.capture.uses import MATCHERS, Recorded, Unrolled, UseRecorder, Uses, custom_layers
 
@@ -21,18 +26,22 @@ __all__ = [
     "Inputs",
     "Ledger",
     "Listener",
+    "ModuleState",
     "ModuleTaps",
+    "Opening",
     "Recorded",
-    "Streams",
+    "Replay",
     "Unrolled",
     "UseRecorder",
     "Uses",
+    "alone",
+    "backward_calls",
     "bare_pass",
     "changed_outputs",
+    "closure_pass",
     "compiled_parts",
     "custom_layers",
     "module_use",
-    "own_pass",
     "sweep_inert",
     "uncheckpointed",
 ]

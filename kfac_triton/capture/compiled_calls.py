@@ -34,8 +34,15 @@ def no_calls() -> tuple[CompiledCall, ...]:
     return tuple(CompiledCall(None, (), {}, (), None) for _ in range(REMEMBERED))
 
 
-def ran_through(calls: Sequence[CompiledCall]) -> list[CompiledCall]:
-    """Those calls that the current backward pass runs through.
+def containers_copied(held: Any) -> Any:
+    """The dictionaries and lists among arguments copied, in a way that compiled code can follow."""
+    if isinstance(held, dict):
+        return {name: dict(v) if type(v) is dict else list(v) if type(v) is list else v for name, v in held.items()}
+    return tuple(dict(v) if type(v) is dict else list(v) if type(v) is list else v for v in held)
+
+
+def ran_through(calls: Sequence[CompiledCall], *, alone: bool) -> list[CompiledCall]:
+    """Those calls that the current backward pass runs through; `alone`: no call outside of compiled code is known to.
 
     Where the loss itself is an output of compiled code, the engine does not list its node: there it is the newest call
     whose saved tensors are released.
@@ -43,12 +50,12 @@ def ran_through(calls: Sequence[CompiledCall]) -> list[CompiledCall]:
     made = [call for call in calls if call.module is not None]
     nodes = {id(call): [z.grad_fn for z in outputs_of(call.returned) if z.grad_fn is not None] for call in made}
     listed = [call for call in made if any(map(torch._C._will_engine_execute_node, nodes[id(call)]))]
-    return listed or released(calls) or made[-1:]
+    return listed or released(calls) or (made[-1:] if alone else [])
 
 
 def released(calls: Sequence[CompiledCall]) -> list[CompiledCall]:
     """The newest call that a backward pass has run through, which releases its saved tensors."""
-    nodes = [(call, [z.grad_fn for z in outputs_of(call.returned)]) for call in calls]
+    nodes = [(call, [z.grad_fn for z in outputs_of(call.returned)]) for call in calls if call.call is None]
     return [call for call, own in nodes if any(map(_released, own))][-1:]
 
 

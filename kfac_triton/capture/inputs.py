@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from kfac_triton.capture.state import Opening
+
 
 class Autocast(NamedTuple):
     """The autocast state of a forward pass on one device type."""
@@ -20,7 +22,8 @@ class Autocast(NamedTuple):
 class Inputs(NamedTuple):
     """What one call of `module` received, by reference, with the autocast states of that moment.
 
-    `note` is whatever the ledger's listener noted when the call began.
+    `note` is whatever the ledger's listener noted when the call began; `opening` says where it began, None in compiled
+    code.
     """
 
     module: nn.Module
@@ -28,15 +31,12 @@ class Inputs(NamedTuple):
     kwargs: dict[str, Any]
     autocast: tuple[Autocast, ...] = ()
     note: Any = None
+    opening: Opening | None = None
 
     def tensors(self) -> list[Tensor]:
+        if not self.kwargs and all(isinstance(a, Tensor) for a in self.args):
+            return list(self.args)
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
-
-
-class OwnPass:
-    """Whether a pass of K-FAC's own is running, in which no optimizer keeps inputs."""
-
-    running = False
 
 
 class Hooks:

@@ -22,76 +22,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_map
 
+from kfac_triton.capture.calls import Call, Listener, ancestors_of
 from kfac_triton.capture.compiled_calls import (
     CompiledCall,
-    compiled_parts,
-    forget_compiled_code,
+    containers_copied,
     no_calls,
     outputs_of,
     ran_through,
     released,
 )
 from kfac_triton.capture.gradients import Destination, Gradients, Mark
-from kfac_triton.capture.inputs import Autocast, Hooks, Inputs, OwnPass
+from kfac_triton.capture.hearing import Hearing
+from kfac_triton.capture.inputs import Autocast, Hooks, Inputs
+from kfac_triton.capture.patches import own_pass_running
+from kfac_triton.capture.state import ModuleState
 
 log = logging.getLogger("kfac_triton")
 
 MAX_KEPT_BYTES = 2**31
-
-
-class Call:
-    """One outermost call: what it received, and the calls whose outputs its inputs were computed from.
-
-    `record` belongs to the listener.
-    """
-
-    __slots__ = ("__weakref__", "_versions", "ancestors", "inputs", "record")
-
-    def __init__(self, inputs: Inputs, ancestors: dict[Call, None]) -> None:
-        self.inputs = inputs
-        self.ancestors = ancestors
-        self.record: Any = None
-        self._versions = versions(inputs.tensors())
-
-    def check_unwritten(self) -> None:
-        """Raises RuntimeError where an input was written to since the call, so that it cannot be repeated."""
-        if versions(self.inputs.tensors()) != self._versions:
-            raise RuntimeError(
-                "an input of the model was modified in place between its forward pass and step(); "
-                "pass a copy of it to the model, or move the write behind step()"
-            )
-
-
-class Listener:
-    """What a ledger tells of the passes it sees. `begun` and `returned` are traced in compiled code.
-
-    `assigned_gradients`: whether a pass counts whose gradients `torch.autograd.grad` returned, for want of another.
-    """
-
-    assigned_gradients = True
-
-    def begun(self) -> Any:
-        """A call begins; what this returns becomes the `note` of its inputs."""
-
-    def returned(self, inputs: Inputs, returned: Any) -> None:
-        """A call returned."""
-
-    def opened(self, call: Call) -> None:
-        """A call begins, outside of compiled code."""
-
-    def closed(self, call: Call, returned: Any) -> Tensor | None:
-        """That call is over; after an exception it returned None. `arrived` is told of the tensor that this returns."""
-
-    def arrived(self, call: Call, edge: GradientEdge) -> None:
-        """A backward pass has come to this tensor; `edge` is its place in the graph, of which all is still there."""
-
-    def ended(self, counted: bool) -> None:
-        """A backward pass is over; `counted`: it accumulated gradients."""
-
-    def dropped(self) -> None:
-        """What counted so far does not count any more."""
 
 
 class _Task:
@@ -101,6 +50,7 @@ class _Task:
         self.calls: list[Call] = []
         self.destination = destination
         self.before = before
+        self.compiled_known = False
 
 
 class _Here(threading.local):
@@ -113,22 +63,20 @@ class _Here(threading.local):
 
 
 class Ledger(Hooks):
-    """Keeps the calls of `root` and its parts that made the present gradients of `parameters`.
+    """Keeps the calls of `state.root` and its parts that made the present gradients of `parameters`.
 
-    At first every module with parameters has hooks. Once a step has seen its calls, they stay where a call began and on
-    the modules around that, until a parameter elsewhere gets a gradient. `paused`: a backward pass of K-FAC's own runs
-    through the user's graph, which is none of the user's.
+    `paused`: a backward pass of K-FAC's own runs through the user's graph, which is none of the user's.
     """
 
     def __init__(
         self,
-        root: nn.Module,
+        state: ModuleState,
         parameters: Sequence[nn.Parameter],
         device_types: Iterable[str],
         listener: Listener | None = None,
     ) -> None:
         super().__init__()
-        self.root = root
+        self.root, self._state = state.root, state
         self._device_types = tuple(sorted(set(device_types)))
         self._listener = listener or Listener()
         self._gradients = Gradients(parameters)
@@ -142,67 +90,21 @@ class Ledger(Hooks):
         self._compiled = no_calls()
         self._inside_compiled = 0
         self._inside_eager = False  # read by compiled code, to which a thread's own record is closed
-        self._heard: dict[nn.Module, list[Any]] = {}
-        self._listening: dict[nn.Parameter, Any] = {}
-        self._compiles = self._hides = False
-        self._beginnings: set[nn.Module] = set()
-        self._outside: list[nn.Parameter] = []
-        self._unheard: set[nn.Parameter] = set()
-        self._narrow = False
         self._asked = (-1, Destination.NOWHERE)
         self.incomplete = False
         self.paused = False
-        self._hear_everything()
-
-    # ---------------------------------------------------------------------------------------------------------- hooks
+        self._hearing = Hearing(self.root, self._before, self._after, self._accumulated)
+        self._hearing.everything(parameters)
 
     def follow(self, parameters: Sequence[nn.Parameter]) -> None:
         """Look at the gradients of these parameters from now on, and hear modules that were added to the root."""
         self._gradients.follow(parameters)
-        self._hear_everything()
-
-    def _hear_everything(self) -> None:
-        self._narrow = False
-        for module in self.root.modules():
-            if module not in self._heard and next(module.parameters(), None) is not None:
-                self._heard[module] = [
-                    module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
-                    module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-                ]
-        self._listen()
-        forget_compiled_code()
-
-    def _listen(self) -> None:
-        """Hear every accumulated gradient: nothing else tells of compiled code and of outputs that are no tensors."""
-        for p in self._gradients.parameters:
-            if p.requires_grad and p not in self._listening:
-                self._listening[p] = p.register_post_accumulate_grad_hook(self._accumulated)
-
-    def _hear_less(self) -> None:
-        """Hear only modules where a call began and those around them, if every gradient came from inside them.
-
-        Compiled modules keep their hooks, which cost nothing there: dynamo would compile anew without them.
-        """
-        inside = {p for module in self._beginnings for p in module.parameters()}
-        self._outside = [p for p in self._gradients.parameters if p not in inside]
-        if not self._unheard <= inside:
-            return
-        compiled = set(self.root.modules()) if self._compiles else compiled_parts(self.root)
-        for module in [m for m in self._heard if m not in compiled and self._beginnings.isdisjoint(m.modules())]:
-            for handle in self._heard.pop(module):
-                handle.remove()
-        if not (self._compiles or self._hides):
-            for handle in self._listening.values():
-                handle.remove()
-            self._listening.clear()
-        self._narrow = True
+        self._hearing.everything(parameters)
 
     def close(self) -> None:
         """Remove every hook."""
-        self.handles += [*self._listening.values(), *(handle for own in self._heard.values() for handle in own)]
-        self._heard, self._listening = {}, {}
-        super().close()
-        self._reset()
+        self._hearing.close()
+        self.reset()
 
     # ------------------------------------------------------------------------------------------------------- forward
 
@@ -216,18 +118,16 @@ class Ledger(Hooks):
         if here.open and here.open[0] is module and not _calls_itself(module):
             self._leave()
         if not here.open and self._begins(module):
-            note = self._listener.begun()
-            inputs = Inputs(module, *_copied(args, kwargs), self._autocast(), note)
-            here.call = Call(inputs, self._ancestors(inputs))
+            opening = self._state.opening(args, kwargs)
+            inputs = Inputs(module, args, kwargs, self._autocast(), self._listener.begun(), opening)
+            here.call = Call(inputs, ancestors_of(inputs, here.made))
             self._inside_eager = True
             self._listener.opened(here.call)
         here.open.append(module)
 
     def _begins(self, module: nn.Module) -> bool:
         """Whether an outermost call, which this is, may be a pass of the user's that trains."""
-        if not torch.is_grad_enabled() or OwnPass.running or self._inside_compiled:
-            return False
-        if transformed():
+        if not torch.is_grad_enabled() or own_pass_running() or self._inside_compiled or transformed():
             return False
         if self._tasks and torch._C._current_graph_task_id() == -1:
             self._tasks.clear()  # of a backward pass that raised
@@ -250,6 +150,7 @@ class Ledger(Hooks):
         if returned is None and sys.exc_info()[0] is not None:
             self._listener.closed(call, None)
             return
+        call.close(self._state)
         self._listener.returned(call.inputs, returned)
         tensors = list(outputs_of(returned))
         for z in tensors:
@@ -258,8 +159,8 @@ class Ledger(Hooks):
                 z.register_hook(functools.partial(self._reached, call))
         if not tensors:
             self._hidden.append(call)
-            self._hides = True
-            self._listen()
+            self._hearing.hides = True
+            self._hearing.gradients(self._gradients.parameters)
         watched = self._listener.closed(call, returned)
         if watched is not None:
             watched.register_hook(functools.partial(self._arrived, call, watched.output_nr))
@@ -270,26 +171,10 @@ class Ledger(Hooks):
             for kind in self._device_types
         )
 
-    def _ancestors(self, inputs: Inputs) -> dict[Call, None]:
-        """The calls whose outputs the inputs were computed from, with their ancestors, in an order that repeats."""
-        found: dict[Call, None] = {}
-        nodes = [t.grad_fn for t in inputs.tensors() if t.grad_fn is not None]
-        known = set(nodes)
-        while nodes:
-            node = nodes.pop()
-            call = self._here.made.get(node._sequence_nr())
-            if call is not None:
-                found |= {call: None, **call.ancestors}
-                continue
-            for following, _ in node.next_functions:
-                if following is not None and following not in known:
-                    known.add(following)
-                    nodes.append(following)
-        return found
-
     def _before_compiled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._counts_compiled():
-            call = CompiledCall(module, args, kwargs, self._autocast(), self._listener.begun())
+            received = containers_copied(args), containers_copied(kwargs)
+            call = CompiledCall(module, *received, self._autocast(), self._listener.begun())
             self._compiled = (*self._compiled[1:], call)
         self._inside_compiled += 1
 
@@ -341,23 +226,15 @@ class Ledger(Hooks):
 
     def _accumulated(self, parameter: Tensor) -> None:
         """A parameter has received its gradient."""
-        if self.inert or torch._C._current_graph_task_id() in self._tasks:
-            return
         compiled = self._compiled[-1].module is not None
-        if not compiled and not self._hidden:
+        if self.inert or own_pass_running() or not (compiled or self._hidden):
             return
         task = self._task(parameter)
         task.calls += self._hidden
         self._hidden.clear()
-        task.calls += [self._call_of(call) for call in ran_through(self._compiled)]
-
-    @staticmethod
-    def _call_of(compiled: CompiledCall) -> Call:
-        if compiled.call is None:
-            inputs = Inputs(compiled.module, compiled.args, compiled.kwargs, compiled.autocast, compiled.note)
-            compiled.call = Call(inputs, {})
-        call: Call = compiled.call
-        return call
+        if compiled and not task.compiled_known:
+            task.compiled_known = True
+            task.calls += [_call_of(call) for call in ran_through(self._compiled, alone=not task.calls)]
 
     def _ended(self, number: int) -> None:
         task = self._tasks.pop(number, None)
@@ -395,18 +272,10 @@ class Ledger(Hooks):
             self.forget()
         calls = self._pending
         if not calls and self._listener.assigned_gradients and not self._gradients.cleared():
-            calls = self._returned or [self._call_of(call) for call in released(self._compiled)]
-        self._compiles |= self._compiled[-1].module is not None
-        self._reset()
-        for call in calls:
-            self._beginnings.add(call.inputs.module)
-        unheard = [p for p in self._outside if p.grad is not None] if self._narrow else []
-        self.incomplete = bool(unheard) or (self._narrow and not calls and not self._gradients.cleared())
-        if self.incomplete:
-            self._unheard.update(unheard)
-            self._hear_everything()
-        elif calls and not self._narrow:
-            self._hear_less()
+            calls = self._returned or [_call_of(call) for call in released(self._compiled)]
+        self._hearing.compiles |= self._compiled[-1].module is not None
+        self.reset()
+        self.incomplete = self._hearing.learn((call.inputs.module for call in calls), self._gradients.parameters)
         return calls
 
     def reached(self) -> list[Call]:
@@ -423,7 +292,7 @@ class Ledger(Hooks):
         self._pending, self._bytes = [], 0
         self._listener.dropped()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
         """Forget what is open: calls and backward passes that raised, and calls that no gradient came from."""
         self._pending, self._returned, self._bytes = [], [], 0
         self._tasks.clear()
@@ -446,6 +315,15 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _call_of(compiled: CompiledCall) -> Call:
+    """The record of a call in compiled code."""
+    if compiled.call is None:
+        inputs = Inputs(compiled.module, compiled.args, compiled.kwargs, compiled.autocast, compiled.note)
+        compiled.call = Call(inputs, {})
+    call: Call = compiled.call
+    return call
+
+
 def _calls_itself(module: nn.Module) -> bool:
     """Whether a call of this module, which has just begun, runs inside another one of the same module."""
     frame, calls = sys._getframe(), 0
@@ -453,16 +331,3 @@ def _calls_itself(module: nn.Module) -> bool:
         calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
         frame = frame.f_back  # type: ignore[assignment]
     return calls == 2
-
-
-def versions(tensors: Iterable[Tensor]) -> list[int | None]:
-    """How often each tensor was written to; None where torch does not count."""
-    return [None if t.is_inference() else t._version for t in tensors]
-
-
-def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same tensors in containers of their own, which neither the model nor the loader changes."""
-    if not kwargs and all(isinstance(a, Tensor) for a in args):
-        return args, kwargs
-    copies: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(lambda leaf: leaf, (args, kwargs))
-    return copies

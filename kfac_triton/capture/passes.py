@@ -1,107 +1,82 @@
-"""The surroundings of K-FAC's own pass: eager, with gradients, under the user's autocast, and without a trace."""
+"""The surroundings of K-FAC's own passes: eager, with gradients, under the user's autocast, and without a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
-from unittest import mock
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from kfac_triton.capture.inputs import Autocast, Inputs, OwnPass
-
-
-class Streams(NamedTuple):
-    """The states of torch's global random streams, on the CPU and on the device of the parameters."""
-
-    cpu: Tensor
-    device: Tensor | None
-
-    @classmethod
-    def now(cls, device: torch.device) -> Streams:
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-    def restore(self, device: torch.device) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.device is not None:
-            torch.cuda.set_rng_state(self.device, device)
+from kfac_triton.capture.inputs import Autocast, Inputs
+from kfac_triton.capture.patches import eager, kept_gradients, own_pass, without_reentrant_checkpoints
+from kfac_triton.capture.received import Received
+from kfac_triton.capture.replay import Replay, replayed
+from kfac_triton.capture.state import ModuleState, Opening
 
 
 @contextmanager
-def own_pass(device: torch.device) -> Iterator[None]:
-    """No optimizer keeps inputs in here, and the user's random streams are where they were afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with mock.patch.object(OwnPass, "running", True), torch.random.fork_rng(devices):
+def bare_pass(state: ModuleState, inputs: Inputs, seed: int | Opening) -> Iterator[Replay]:
+    """The surroundings of a pass of K-FAC's own on `inputs`, which begins with `Replay.start`.
+
+    Eager, gradients on, the autocast state of the user's pass, activation checkpointing of the re-entrant kind passed
+    over. Random numbers are those of `seed`, or with an opening those of the user's pass, which begins there if
+    `inputs` has no opening of its own.
+    """
+    opening = inputs.opening
+    if isinstance(seed, Opening):
+        opening = opening or seed
+    with (
+        own_pass(),
+        eager(),
+        torch.enable_grad(),
+        without_reentrant_checkpoints(),
+        kept_gradients(),
+        _autocast(inputs.autocast),
+        replayed(state, opening, None if isinstance(seed, Opening) else seed) as replay,
+    ):
+        yield replay
+
+
+@contextmanager
+def closure_pass(state: ModuleState, opening: Opening, leaves: Iterable[Tensor], *, backward: bool) -> Iterator[None]:
+    """The surroundings of another call of the user's closure, whose first call began at `opening`.
+
+    `.grad` of `leaves`, and of what else the closure clears or fills, is None in the beginning. Without `backward`,
+    backward passes do nothing.
+    """
+    with (
+        own_pass(),
+        torch.enable_grad(),
+        kept_gradients(leaves, backward=backward),
+        replayed(state, opening, None) as replay,
+    ):
+        replay.start()
         yield
 
 
 @contextmanager
 def changed_outputs(module: nn.Module, change: Callable[[Inputs, Any], Any]) -> Iterator[None]:
     """In here the module returns change(inputs, what it returned), in compiled models too, which run eagerly."""
+    entered: list[Inputs] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
-        return change(Inputs(module, args, kwargs), returned)
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(Inputs(module, *Received(args, kwargs, copied=False).arguments()))
 
-    handle = module.register_forward_hook(hook, with_kwargs=True)
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Any:
+        return change(entered.pop(), returned)
+
+    handles: list[Any] = [
+        module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with eager():
             yield
     finally:
-        handle.remove()
-
-
-@contextmanager
-def bare_pass(inputs: Inputs, device: torch.device, seed: int | Streams) -> Iterator[None]:
-    """The surroundings of K-FAC's own pass.
-
-    Eager, gradients on, the autocast state of the user's pass, activation checkpointing of the re-entrant kind passed
-    over (it knows no partial backward), and random numbers from `seed`: the user's streams stay where they were.
-    """
-    with (
-        own_pass(device),
-        torch.compiler.set_stance("force_eager"),
-        torch.enable_grad(),
-        mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", _run_without_checkpoint),
-        _autocast(inputs.autocast),
-    ):
-        if isinstance(seed, Streams):
-            seed.restore(device)
-        else:
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def uncheckpointed(module: nn.Module) -> Iterator[None]:
-    """In here activations of a model with recurrent layers are kept, not computed again.
-
-    What is computed again in a backward pass, where no function mode is active, would be torch's own layer and not its
-    twin, and the wrong tensors would be found for it.
-    """
-    recurrent_layers = (nn.RNNBase, nn.RNNCellBase)
-    if not any(isinstance(child, recurrent_layers) for child in module.modules()):
-        yield
-        return
-    with ExitStack() as stack:
-        for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"):
-            if hasattr(torch.utils.checkpoint, name):  # one or the other, by torch's version
-                stack.enter_context(mock.patch.object(torch.utils.checkpoint, name, _no_checkpoint))
-        yield
-
-
-def _no_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
-    """The two halves of what surrounds a function that is to be computed again: nothing."""
-    yield
-
-
-def _run_without_checkpoint(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-    return function(*args)
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from kfac_triton.blocks import conv, linear
 from kfac_triton.blocks.use import Part, Use
-from kfac_triton.capture.inputs import Hooks, OwnPass
+from kfac_triton.capture.inputs import Hooks
 from kfac_triton.capture.ledger import transformed
+from kfac_triton.capture.patches import own_pass_running
 
 
 class _Tap(torch.autograd.Function):
@@ -77,10 +78,13 @@ class ModuleTaps(Hooks):
                 self.handles.append(child.register_forward_hook(self._after_layer))
 
     def _live(self) -> bool:
-        return not self.inert and not OwnPass.running and torch.is_grad_enabled() and not transformed()
+        if self.inert or not torch.is_grad_enabled():
+            return False
+        # compiled code would keep the answers
+        return torch.compiler.is_compiling() or not (own_pass_running() or transformed())
 
     def _after_layer(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-        if OwnPass.running and not self.inert and y.requires_grad:
+        if not torch.compiler.is_compiling() and own_pass_running() and not self.inert and y.requires_grad:
             self.own_calls[cast(nn.Parameter, module.weight)] += 1
         if not self._live() or not y.requires_grad:
             return None

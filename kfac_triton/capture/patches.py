@@ -1,0 +1,240 @@
+"""Everything that K-FAC changes in torch while it runs: per thread, and only while a thread asks for it.
+
+What remains process-wide is torch's own: its global random number generators, and its level of forward-mode
+differentiation. K-FAC's passes that need one of these exclude each other by `ALONE`. A thread of the user's that draws
+from torch's global generator while K-FAC replays a model that draws from it too may see other numbers than alone; one
+that uses forward-mode differentiation at the same time as an adaptive step is refused by torch. Before torch 2.14 the
+same lock guards the compiler's stance.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+ALONE = threading.RLock()
+
+
+class _Thread(threading.local):
+    """Whether a pass of K-FAC's own runs in this thread. Compiled code must not read it: it would keep the value."""
+
+    own_pass = False
+
+
+_THREAD = _Thread()
+
+
+def own_pass_running() -> bool:
+    """Whether a pass of K-FAC's own runs in this thread; in it no hook notes anything."""
+    return _THREAD.own_pass
+
+
+@contextmanager
+def own_pass() -> Iterator[None]:
+    """In here `own_pass_running()`."""
+    before, _THREAD.own_pass = _THREAD.own_pass, True
+    try:
+        yield
+    finally:
+        _THREAD.own_pass = before
+
+
+class PerThread:
+    """A function of torch that single threads replace; the others call the original.
+
+    The attribute of `owner` is exchanged while some thread is inside `replaced_by`, and only then.
+    """
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner, self._name = owner, name
+        self._lock, self._inside = threading.Lock(), 0
+        self._thread = threading.local()
+
+    @contextmanager
+    def replaced_by(self, replacement: Callable[..., Any]) -> Iterator[None]:
+        """In here, in this thread, calls go to `replacement(original, *args, **kwargs)`."""
+        stack = self._thread.__dict__.setdefault("stack", [])
+        self._enter()
+        stack.append(replacement)
+        try:
+            yield
+        finally:
+            stack.pop()
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = vars(self._owner).get(self._name)
+                self._installed = self._dispatching(getattr(self._owner, self._name))
+                setattr(self._owner, self._name, self._installed)
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and vars(self._owner).get(self._name) is self._installed:
+                if self._before is None:  # the attribute is inherited
+                    delattr(self._owner, self._name)
+                else:
+                    setattr(self._owner, self._name, self._before)
+
+    def _dispatching(self, original: Callable[..., Any]) -> Any:
+        @functools.wraps(original)
+        def dispatch(*args: Any, **kwargs: Any) -> Any:
+            stack = self._thread.__dict__.get("stack")
+            return stack[-1](original, *args, **kwargs) if stack else original(*args, **kwargs)
+
+        inherited_by_class = isinstance(self._owner, type) and hasattr(original, "__self__")
+        return staticmethod(dispatch) if inherited_by_class else dispatch
+
+
+_BACKWARD = PerThread(torch.autograd, "backward")
+_ZERO_GRADS = (PerThread(torch.optim.Optimizer, "zero_grad"), PerThread(nn.Module, "zero_grad"))
+_REENTRANT_CHECKPOINT = PerThread(torch.utils.checkpoint.CheckpointFunction, "apply")
+_CHECKPOINTS = [
+    PerThread(torch.utils.checkpoint, name)
+    for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+    if hasattr(torch.utils.checkpoint, name)  # one or both, by torch's version
+]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In here no other thread is in a pass that needs what torch has once for the whole process."""
+    with ALONE:
+        yield
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """In here compiled code runs uncompiled."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is None:  # nothing is compiled in this process
+        yield
+    elif hasattr(frames, "_use_eager_on_nested_compile"):
+        with frames._use_eager_on_nested_compile():
+            yield
+    else:
+        with ALONE, torch.compiler.set_stance("force_eager"):
+            yield
+
+
+@contextmanager
+def without_reentrant_checkpoints() -> Iterator[None]:
+    """In here activation checkpoints of the re-entrant kind, which know no partial backward pass, are passed over."""
+
+    def run(original: Callable[..., Any], function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+    with _REENTRANT_CHECKPOINT.replaced_by(run):
+        yield
+
+
+@contextmanager
+def uncheckpointed(module: nn.Module) -> Iterator[None]:
+    """In here activations of a model with recurrent layers are kept, not computed again.
+
+    What is computed again in a backward pass, where no function mode is active, would be torch's own layer and not its
+    twin, and the wrong tensors would be found for it.
+    """
+    recurrent_layers = (nn.RNNBase, nn.RNNCellBase)
+    with ExitStack() as stack:
+        if any(isinstance(child, recurrent_layers) for child in module.modules()):
+            for checkpoint in _CHECKPOINTS:
+                stack.enter_context(checkpoint.replaced_by(_no_checkpoint))
+        yield
+
+
+def _no_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[None]:
+    """The two halves of what surrounds a function that is to be computed again: nothing."""
+    yield
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+class BackwardCalls:
+    """The places in the graph where backward passes began; `leaves()`: the tensors whose `.grad` they may fill."""
+
+    def __init__(self) -> None:
+        self._roots: list[Any] = []
+
+    def note(self, tensors: Any) -> None:
+        for t in [tensors] if isinstance(tensors, Tensor) else tensors:
+            node = t.grad_fn if isinstance(t, Tensor) else getattr(t, "node", None)
+            self._roots.append(node)
+
+    def leaves(self) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        visited: set[Any] = set()
+        frontier = [node for node in self._roots if node is not None]
+        while frontier:
+            node = frontier.pop()
+            if node in visited:
+                continue
+            visited.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor):
+                found[id(leaf)] = leaf
+            frontier += [following for following, _ in node.next_functions if following is not None]
+        return list(found.values())
+
+
+@contextmanager
+def backward_calls() -> Iterator[BackwardCalls]:
+    """Notes the backward passes in here."""
+    calls = BackwardCalls()
+
+    def backward(original: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
+        calls.note(tensors)
+        original(tensors, *args, **kwargs)
+
+    with _BACKWARD.replaced_by(backward):
+        yield calls
+
+
+@contextmanager
+def kept_gradients(leaves: Iterable[Tensor] = (), *, backward: bool = True) -> Iterator[None]:
+    """In here `.grad` of `leaves`, and of whatever zero_grad() and backward() reach, begins as None; afterwards it is
+    what it was. Without `backward`, backward passes do nothing."""
+    before: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def keep(tensors: Iterable[Tensor]) -> None:
+        for t in tensors:
+            if id(t) not in before:
+                before[id(t)] = (t, t.grad)
+                t.grad = None
+
+    def run_backward(original: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
+        if backward:
+            calls = BackwardCalls()
+            calls.note(tensors)
+            keep(calls.leaves())
+            original(tensors, *args, **kwargs)
+
+    def zero_grad(original: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
+        groups = owner.param_groups if isinstance(owner, torch.optim.Optimizer) else [{"params": owner.parameters()}]
+        for group in groups:
+            keep(group["params"])
+        original(owner, *args, **kwargs)
+
+    def put_back() -> None:
+        for t, grad in before.values():
+            t.grad = grad
+
+    with ExitStack() as stack:
+        stack.callback(put_back)
+        keep(leaves)
+        stack.enter_context(_BACKWARD.replaced_by(run_backward))
+        for function in _ZERO_GRADS:
+            stack.enter_context(function.replaced_by(zero_grad))
+        yield

@@ -1,0 +1,182 @@
+"""The state of the user's model besides its trained parameters: where each of the user's forward passes began.
+
+State is what a forward pass may write: plain attributes of modules, buffers, parameters that are not trained, training
+flags, and random number generators. The first pass shows which of these a forward pass changes; from then on only
+these are saved when a pass begins.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from kfac_triton.capture.copies import Copies, storage_of
+from kfac_triton.capture.owners import INTERNAL, Owner, dictionaries, running_statistics, slots_of
+from kfac_triton.capture.randomness import OtherGenerators, TorchGenerators
+from kfac_triton.capture.received import Arguments, Received
+
+log = logging.getLogger("kfac_triton")
+
+SMALL = 2**24  # bytes of a tensor that is copied before it is known whether a forward pass writes to it
+MOST_UNTRAINED = 2**28  # bytes of parameters that are not trained, all together, that are
+MISSING = object()
+
+
+class Placed(NamedTuple):
+    """A parameter, its name, and the module's dictionary that holds it."""
+
+    place: Owner
+    name: str
+    parameter: nn.Parameter
+
+
+class Opening:
+    """Where a forward pass began: `attributes` (owner, name, copy), the modules' training flags, generators.
+
+    `drew`: whether torch's global generators moved in the pass; None until it returned. `lost`: the pass wrote to a
+    tensor that it received, as none before did, so that there is no copy.
+    """
+
+    def __init__(self, copies: Copies, received: Received, modules: list[nn.Module], device: torch.device) -> None:
+        self.copies, self.received = copies, received
+        self.modules, self.training = modules, [m.training for m in modules]
+        self.attributes: list[tuple[Owner, str, Any]] = []
+        self.versions: list[int] = []
+        self.torch = TorchGenerators.now(device)
+        self.others: OtherGenerators | None = None
+        self.drew: bool | None = None
+        self.lost = False
+
+
+class _FirstOpening(Opening):
+    """Where the first pass began; `owners` and the versions of trained parameters show what it changes."""
+
+    owners: list[Owner]
+    trained: list[tuple[nn.Parameter, int]]
+
+
+class ModuleState:
+    """Saves where the user's passes of `root` begin, and knows what they change.
+
+    `modules`, `trained` parameters and `untrained` ones with their places are those of the last `refresh`.
+    `written`: trained parameters that a forward pass writes to.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.writes_inputs = False
+        self.draws = self.draws_others = False  # torch's global generators; Python's or numpy's
+        self.closure_draws = True  # until it is known that the last closure drew nothing
+        self.written: dict[nn.Parameter, None] = {}
+        self.verified = False  # whether a pass of K-FAC's own has shown that it writes to no other trained parameter
+        self._known = False
+        self._changing: dict[tuple[int, str], tuple[Owner, str]] = {}
+        self._slots: dict[nn.Module, list[Owner]] = {}
+        self._warned: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Looks at which modules and parameters there are."""
+        self.modules = list(self.root.modules())
+        for m in self.modules:
+            if m not in self._slots:
+                self._slots[m] = list(slots_of([m]))
+        slots = [one for m in self.modules for one in self._slots[m]]
+        self.owners = [*dictionaries(self.modules), *slots]
+        self._kept_for_evaluation = running_statistics(self.modules)
+        self.places = [m._parameters for m in self.modules if isinstance(m._parameters, dict) and m._parameters]
+        placed = [Placed(place, name, p) for place in self.places for name, p in place.items() if p is not None]
+        self.trained = [one.parameter for one in placed if one.parameter.requires_grad]
+        self.untrained = [one for one in placed if not one.parameter.requires_grad and not one.parameter.is_inference()]
+        self.storages = {storage_of(one.parameter) for one in placed} - {None}
+        self.device = placed[0].parameter.device if placed else torch.device("cpu")
+        known = {id(owner) for owner in (*self.owners, *self.places)}
+        self._changing = {key: where for key, where in self._changing.items() if key[0] in known}
+
+    def opening(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Opening:
+        """A forward pass, or a closure that runs some, begins."""
+        if not self._known:
+            return self._first_opening(args, kwargs or {})
+        received = Received(args, kwargs or {}, copied=self.writes_inputs)
+        copies = Copies(self.storages, math.inf)
+        opening = Opening(copies, received, self.modules, self.device)
+        opening.versions = [one.parameter._version for one in self.untrained]
+        if self.draws_others:
+            opening.others = OtherGenerators.now()
+        if self._changing:
+            opening.attributes = [
+                (owner, name, copies.attribute(owner.get(name, MISSING))) for owner, name in self._changing.values()
+            ]
+        return opening
+
+    def _first_opening(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opening:
+        """Saves all of the state."""
+        self.refresh()
+        received = Received(args, kwargs, copied=True)
+        copies = Copies(self.storages, SMALL)
+        opening = _FirstOpening(copies, received, self.modules, self.device)
+        opening.owners = self.owners
+        opening.trained = [(p, p._version) for p in self.trained if not p.is_inference()]
+        opening.others = OtherGenerators.now()
+        attributes = [(owner, name) for owner in self.owners for name in owner.keys() - INTERNAL]
+        opening.attributes = [(owner, name, copies.of(owner[name])) for owner, name in attributes]
+        opening.versions = [one.parameter._version for one in self.untrained]
+        size = 0
+        for place, name, p in self.untrained:
+            size += p.nbytes
+            if p.nbytes <= SMALL and size <= MOST_UNTRAINED:
+                opening.attributes.append((place, name, copies.attribute(p)))
+        return opening
+
+    def closing(self, opening: Opening) -> Arguments:
+        """The pass that began there returned: learns what it changes. Returns the arguments it received."""
+        if isinstance(opening, _FirstOpening):
+            self._learn_all(opening)
+        opening.drew = opening.torch.moved()
+        for (place, name, p), version in zip(self.untrained, opening.versions, strict=False):
+            if p._version != version:
+                self.learn(place, name)
+        written = opening.received.written()
+        opening.lost = written and not opening.received.copied
+        self.writes_inputs |= written
+        return opening.received.arguments(copies=written)
+
+    def _learn_all(self, opening: _FirstOpening) -> None:
+        before = {(id(owner), name) for owner, name, _ in opening.attributes}
+        for owner, name, copied in opening.attributes:
+            if name not in owner or not opening.copies.unchanged(owner[name], copied):
+                self.learn(owner, name)
+        for owner in opening.owners:
+            for name in owner.keys() - INTERNAL:
+                if (id(owner), name) not in before:
+                    self.learn(owner, name)
+                    opening.attributes.append((owner, name, MISSING))
+        opening.attributes = [one for one in opening.attributes if self.changes(*one[:2])]
+        self.written |= dict.fromkeys(p for p, version in opening.trained if p._version != version)
+        self.draws_others = opening.others is not None and opening.others.moved()
+        if not self.draws_others:
+            opening.others = None
+        self._known = True
+
+    def learn(self, owner: Owner, name: str) -> None:
+        """A forward pass changes this attribute."""
+        if id(owner) not in self._kept_for_evaluation:
+            self._changing[id(owner), name] = (owner, name)
+
+    def changing(self) -> list[tuple[Owner, str]]:
+        """The attributes that a forward pass is known to change."""
+        return list(self._changing.values())
+
+    def changes(self, owner: Owner, name: str) -> bool:
+        """Whether a forward pass is known to change this attribute."""
+        return (id(owner), name) in self._changing
+
+    def warn(self, message: str, *values: object) -> None:
+        """Logs a warning the first time."""
+        if message % values not in self._warned:
+            self._warned.add(message % values)
+            log.warning(message, *values)
