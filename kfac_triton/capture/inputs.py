@@ -212,11 +212,13 @@ class RootInputs(Hooks):
         self.forget()
 
 
-def _containers_copied(held: Any) -> Any:
-    """The dictionaries and lists among arguments copied, in a way that compiled code can follow."""
-    if isinstance(held, dict):
-        return {name: dict(v) if type(v) is dict else list(v) if type(v) is list else v for name, v in held.items()}
-    return tuple(dict(v) if type(v) is dict else list(v) if type(v) is list else v for v in held)
+def _containers_copied(value: Any) -> Any:
+    """The dictionaries and lists in arguments copied, in a way that compiled code can follow."""
+    if type(value) is dict:
+        return {name: _containers_copied(item) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([_containers_copied(item) for item in value])
+    return value
 
 
 def _output_tensors(returned: Any) -> Iterator[Tensor]:
