@@ -6,9 +6,10 @@ import dense
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kfac_triton import quadratic
-from kfac_triton.capture import Inputs, ModuleState, bare_pass
+from kfac_triton.capture import Inputs, ModuleState, Unrolled, bare_pass
 from kfac_triton.likelihoods import as_likelihood
 from kfac_triton.quadratic import FisherProducts, minimise, within
 
@@ -147,7 +148,7 @@ def test_the_ways_that_fail_are_left():
     assert quadratic.WAYS[found._way] is quadratic._by_double_backward
     easy, y = model_and_inputs("mlp")
     found = products(easy)
-    found.gram(kept(y), directions(easy), seed=0)
+    found.gram(kept(easy, y), directions(easy), seed=0)
     assert found._way == 0
 
 
@@ -207,6 +208,24 @@ def test_the_masks_of_dropout_are_those_of_the_users_pass():
     with bare_pass(state, kept(model, x)[0], opening) as replay:
         replay.start()
         assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float", "empty row"])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"dropout_p": 0.5}, {"enable_gqa": True}, {"is_causal": True}])
+def test_attention_without_fused_kernels_is_attention(mask, options):
+    q, k = dense.randn(2, 4, 5, 8), dense.randn(2, 2 if "enable_gqa" in options else 4, 5, 8, seed=1)
+    allowed = dense.randn(2, 1, 5, 5) > 0
+    allowed[..., 0] = True
+    if mask == "empty row":
+        allowed[0, 0, 1] = False
+    m = allowed if mask != "float" else dense.randn(2, 1, 5, 5)
+    m = None if mask is None or "is_causal" in options else m  # torch takes one or the other
+    found = []
+    for how in (Unrolled(), sdpa_kernel(SDPBackend.MATH)):
+        torch.manual_seed(3)
+        with how:
+            found.append(nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=m, **options))
+    assert torch.equal(*found)
 
 
 # E17: the model's minimum.

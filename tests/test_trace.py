@@ -299,7 +299,7 @@ def contents(value: Any) -> Any:
 
 def state_of(model: nn.Module) -> Any:
     """Everything that modules hold besides trained parameters."""
-    internal = vars(nn.Module()).keys() - {"training"}
+    internal = vars(nn.Module()).keys() - {"training"} | {"_is_torch_compile"}
     found = []
     for m in model.modules():
         found.append({name: contents(value) for name, value in vars(m).items() if name not in internal})
@@ -397,6 +397,47 @@ def test_what_a_later_pass_changes_is_learnt_too():
         train_step(optimizer, model, x, y)
         assert state_of(model) == state_of(twin)
         assert len(model.history) == max(model.calls - 1, 1)
+
+
+def test_a_compiled_model_keeps_its_state_and_is_named(caplog):
+    """Compiled code shows no place to save the state at: the statistics are those of the state after the pass."""
+    x, y = data()
+    model, twin = InBuffer(), InBuffer()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    optimizer = optimizer_of("plain", compiled)
+    with caplog.at_level(logging.WARNING, "kfac_triton"):
+        for _ in range(3):
+            passes_with_the_weights_of(model, twin, x)
+            train_step(optimizer, compiled, x, y)
+            assert state_of(model) == state_of(twin)
+    assert len(caplog.records) == 1 and "InBuffer changes v, and compiled code" in caplog.text
+
+
+def test_containers_that_a_compiled_forward_empties():
+    x, y = data()
+    model = Popping()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    optimizer = optimizer_of("plain", compiled)
+    for _ in range(3):
+        train_step(optimizer, lambda x: compiled({"x": x / 2, "more": [x / 2]}), x, y)
+    torch.testing.assert_close(optimizer.factors()["f"]["A"], second_moment(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_compiled_model_in_paper_mode_leaves_generators_and_keeps_nothing_of_k_facs_own_calls(dropout):
+    x, y = data()
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), nn.Linear(8, 3))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    optimizer = optimizer_of("paper", compiled)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model(x)
+        expected = generators()
+        torch.manual_seed(seed)
+        closure_step(optimizer, compiled, x, y)
+        assert generators() == expected
+    with pytest.raises(RuntimeError, match="saw no call"):
+        optimizer.step(lambda: F.cross_entropy(model(x).detach(), y))
 
 
 def test_training_flags_are_those_of_the_users_pass():

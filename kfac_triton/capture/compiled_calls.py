@@ -34,11 +34,13 @@ def no_calls() -> tuple[CompiledCall, ...]:
     return tuple(CompiledCall(None, (), {}, (), None) for _ in range(REMEMBERED))
 
 
-def containers_copied(held: Any) -> Any:
-    """The dictionaries and lists among arguments copied, in a way that compiled code can follow."""
-    if isinstance(held, dict):
-        return {name: dict(v) if type(v) is dict else list(v) if type(v) is list else v for name, v in held.items()}
-    return tuple(dict(v) if type(v) is dict else list(v) if type(v) is list else v for v in held)
+def containers_copied(value: Any) -> Any:
+    """The dictionaries and lists in arguments copied, in a way that compiled code can follow."""
+    if type(value) is dict:
+        return {name: containers_copied(item) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([containers_copied(item) for item in value])
+    return value
 
 
 def ran_through(calls: Sequence[CompiledCall], *, alone: bool) -> list[CompiledCall]:

@@ -113,6 +113,14 @@ class Replay:
             if one.parameter._version != version:
                 state.learn(one.place, one.name)
                 self._warn_of_write(one.name)
+        if self._opening is None and state.changing():
+            state.warn(
+                "the forward pass of %s changes %s, and compiled code does not show where a pass begins, so K-FAC's "
+                "statistics start from the state after it. Train the model without torch.compile, or keep that state "
+                "outside of it",
+                type(state.root).__name__,
+                ", ".join(sorted({name for _, name in state.changing()})),
+            )
         if self._received.written():
             state.writes_inputs = True
             self._warn_of_write("its input")

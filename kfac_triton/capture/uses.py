@@ -62,6 +62,24 @@ def attention_body() -> Callable[..., Any]:
     return twin
 
 
+def _attention_by_formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` without fused kernels."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # the operator below would add it as numbers
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    out: Tensor = torch._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, **options
+    )[0]
+    return out
+
+
 class Unrolled(TorchFunctionMode):
     """In here recurrent layers run step by step, and attention without fused kernels, as forward-mode derivatives need.
 
@@ -78,7 +96,7 @@ class Unrolled(TorchFunctionMode):
             with self:
                 return attention_body()(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            return torch._scaled_dot_product_attention_math(*args, **kwargs)[0]
+            return _attention_by_formula(*args, **kwargs)
         return func(*args, **kwargs)
 
 
