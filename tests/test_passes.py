@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -679,3 +680,38 @@ def test_the_hooks_add_a_bounded_number_of_python_calls():
 
     shallow, deep = added(4), added(24)
     assert deep <= 110 and deep - shallow <= 2
+
+
+def measured(width: int, batch: int, rounds: int = 300) -> float:
+    """The median time of forward, backward and SGD's update of 24 layers with K-FAC's hooks, relative to without."""
+    x, y = torch.randn(batch, width), torch.randint(width, (batch,))
+
+    def network() -> nn.Module:
+        return nn.Sequential(*(m for _ in range(24) for m in (nn.Linear(width, width), nn.Tanh())))
+
+    def step(model: nn.Module, sgd: torch.optim.Optimizer) -> None:
+        sgd.zero_grad()
+        backward(model, x, y)
+        sgd.step()
+
+    bare, model = network(), network()
+    optimizer = KFAC(model, **WHOLE)
+    train_step(optimizer, model, x, y)
+    entrants = [(m, torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9)) for m in (bare, model)]
+    times: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for (m, sgd), own in zip(entrants, times, strict=True):
+            begin = time.perf_counter()
+            step(m, sgd)
+            own.append(time.perf_counter() - begin)
+        optimizer._attached().passes.take()
+    without, with_hooks = (sorted(own)[rounds // 2] for own in times)
+    return with_hooks / without
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for width, batch in ((64, 64), (512, 256)):
+        print(
+            f"24 layers of width {width}, batch {batch}: {measured(width, batch):.3f} times an SGD step without hooks"
+        )
