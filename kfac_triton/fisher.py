@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from kfac_triton import distributed
 from kfac_triton.blocks.custom import LayerBlock
 from kfac_triton.capture import Inputs, Recorded, UseRecorder, bare_pass, custom_layers, uncheckpointed
 from kfac_triton.likelihoods import Likelihood
@@ -134,14 +133,21 @@ class FisherPass:
     blocks: Blocks = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
-    def run(self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, terms_per_example: int = 1) -> Seen:
+    def run(
+        self,
+        kept: list[Inputs],
+        parameters: list[nn.Parameter],
+        update: int,
+        terms_per_example: int = 1,
+        rank: int = 0,
+    ) -> Seen:
         """`update`: the number of this factor update; with `seed` it decides samples, dropout and the part used.
 
-        `terms_per_example`: what the last update saw.
+        `terms_per_example`: what the last update saw. `rank`: among data-parallel ranks, which sample apart.
         """
         seen = Seen(terms_per_example=terms_per_example)
         for number, inputs in enumerate(kept):
-            seed = _mixed_seed(self.seed, update, number + (distributed.rank() << 32))
+            seed = _mixed_seed(self.seed, update, number + (rank << 32))
             with bare_pass(inputs, parameters[0].device, seed):
                 self._one_batch(inputs, parameters, update, seed, number, seen)
         return seen

@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import distributed
 from kfac_triton.capture import Streams, own_pass
+from kfac_triton.distributed import Ranks
 
 
 class Objective:
@@ -30,10 +30,12 @@ class Objective:
         module: nn.Module,
         parameters: list[nn.Parameter],
         streams: Streams,
+        ranks: Ranks,
         forward_only: bool = True,
     ) -> None:
         self.streams = streams
-        self.forward_only = forward_only and not distributed.active()
+        self.ranks = ranks
+        self.forward_only = forward_only and not ranks.active
         self._closure, self._module, self._parameters = closure, module, parameters
         self._device = parameters[0].device
         self.first = self._mean(returned)
@@ -74,7 +76,7 @@ class Objective:
 
     def _mean(self, returned: Any) -> float:
         mean = torch.tensor(number(returned), dtype=torch.float64, device=self._device)
-        distributed.average_([mean])
+        self.ranks.average_([mean])
         return float(mean)
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from kfac_triton.distributed import wrapper_in_forward
+
 log = logging.getLogger("kfac_triton")
 
 MAX_KEPT_BYTES = 2**31
@@ -105,6 +107,7 @@ class RootInputs(Hooks):
         self._kept: list[tuple[Inputs, tuple[int, ...]]] = []
         self._bytes = 0
         self._full = False
+        self.wrapper: nn.Module | None = None
         self._watched: set[nn.Parameter] = set()
         self.handles += [
             module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
@@ -123,6 +126,7 @@ class RootInputs(Hooks):
         self._entered = None
         if self.inert or OwnPass.running or not module.training or not torch.is_grad_enabled():
             return
+        self.wrapper = wrapper_in_forward() or self.wrapper
         autocast = tuple(
             Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in self._device_types
