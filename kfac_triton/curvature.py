@@ -7,7 +7,7 @@ what the passes saw, and what was said about it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,15 @@ class Block:
 class Curvature:
     """Factors and inverses of the blocks of `module`, from its own Fisher passes or from taps in the user's passes."""
 
-    def __init__(self, module: nn.Module, settings: Settings, parameters: list[nn.Parameter], ranks: Ranks) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: Settings,
+        parameters: list[nn.Parameter],
+        ranks: Ranks,
+        follow: Callable[[], None] | None = None,
+    ) -> None:
+        """`follow` takes in what the user changed in the model, before a pass of theirs that taps collect from."""
         self.module = module
         self.settings = settings
         self.ranks = ranks
@@ -75,7 +83,8 @@ class Curvature:
                 settings.blocks,
             )
         sweep_inert(module)
-        on_forward = None if self._sums is None else self._sums.begin
+        self._follow = follow
+        on_forward = None if self._sums is None else self._begin_pass
         self.root = RootInputs(module, parameters, {"cpu", *(p.device.type for p in parameters)}, on_forward)
 
     def close(self) -> None:
@@ -84,28 +93,43 @@ class Curvature:
         if self._sums is not None:
             self._sums.close()
 
-    def extend(self, parameters: list[nn.Parameter], state: State, reshaped: set[nn.Parameter]) -> None:
+    def extend(
+        self,
+        parameters: list[nn.Parameter],
+        state: State,
+        replaced: Mapping[nn.Parameter, nn.Parameter],
+        reshaped: set[nn.Parameter],
+    ) -> None:
         """Takes in what changed in the groups or in the module; `parameters` are all that are left or new.
 
-        The state of parameters that left or were reshaped goes, and so does the block of such a weight.
+        The state of parameters that left or were reshaped goes, and so does the block of such a weight; those that were
+        `replaced` have theirs already.
         """
         self.names = {p: name for name, p in self.module.named_parameters()}
         self.parameters = parameters
-        here, names = set(parameters) - reshaped, self.names.keys() - reshaped
-        lost = {w for w, b in self.blocks.items() if w not in here or (b.bias is not None and b.bias not in names)}
-        if lost and self.settings.approximation == "tridiagonal":
-            lost, self._chain = set(self.blocks), []  # what links the others goes through them
-        for weight in lost:
-            del self.blocks[weight]
-        for p in {*lost, *(p for p in state if isinstance(p, Tensor) and p not in here)}:
+        self._chain = [replaced.get(w, w) for w in self._chain]
+        self._suspects, self._unmeasured = [], []
+        here, known = set(parameters) - reshaped, self.names.keys() - reshaped
+        blocks = {
+            replaced.get(w, w): Block(b.layout, None if b.bias is None else replaced.get(b.bias, b.bias))
+            for w, b in self.blocks.items()
+        }
+        self.blocks = {w: b for w, b in blocks.items() if w in here and (b.bias is None or b.bias in known)}
+        if len(self.blocks) < len(blocks) and self.settings.approximation == "tridiagonal":
+            self.blocks, self._chain = {}, []  # what links the layers that stay goes through those that left
+        for p in {*blocks, *(p for p in state if isinstance(p, Tensor) and p not in here)} - self.blocks.keys():
             state.pop(p, None)
         for weight, block in self.blocks.items():
             state[weight]["bias"] = self._index(block.bias)
-        self._suspects = [(w, finite) for w, finite in self._suspects if w in self.blocks]
-        self._unmeasured = []
         self.root.watch(parameters)
         if self._sums is not None:
             self._sums.extend(parameters)
+
+    def _begin_pass(self) -> Any:
+        assert self._sums is not None
+        if self._follow is not None and not torch.compiler.is_compiling():
+            self._follow()
+        return self._sums.begin()
 
     def forget(self) -> None:
         """Drop what was kept for a step that does not come."""

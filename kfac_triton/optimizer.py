@@ -235,7 +235,14 @@ class KFAC(torch.optim.Optimizer):
         self._module, self._ranks = module, ranks
         self._step_function = CompiledStep(self._settings.compile)
         self._members = Members(module, self._listed())
-        self._curvature = Curvature(module, self._settings, self._members.present, ranks)
+        own = weakref.ref(self)  # a curvature that held its optimizer would keep it alive
+
+        def follow() -> None:
+            optimizer = own()
+            if optimizer is not None:
+                optimizer._attached()
+
+        self._curvature = Curvature(module, self._settings, self._members.present, ranks, follow)
         self._adaptive = None if self._settings.likelihood is None else AdaptiveStep(module, self._settings)
         self._hooks = weakref.finalize(self, self._curvature.close)
         self._names = tuple(self._members.names.get(p) for p in self._listed())
@@ -319,7 +326,7 @@ class KFAC(torch.optim.Optimizer):
         if gone:
             log.info("no longer in the model, so the optimizer drops its state of them: %s", ", ".join(gone))
         self._members, self._names = members, tuple(members.names.get(p) for p in members.listed)
-        curvature.extend(members.present, self.state, before.reshaped())
+        curvature.extend(members.present, self.state, replaced, before.reshaped())
         checkpoint.follow(self, members.present)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

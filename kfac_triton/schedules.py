@@ -242,8 +242,9 @@ def take_out(group: dict[str, Any]) -> None:
 def apply(group: dict[str, Any]) -> None:
     """Sets what is scheduled to its value for the group's step."""
     for name in ("lr", "damping"):
-        if group[f"{name}_schedule"] is not None:
-            group[name] = restored(group[f"{name}_schedule"])(group["step"])
+        numbers = group.get(f"{name}_schedule")
+        if numbers is not None:
+            group[name] = restored(numbers)(group["step"])
 
 
 def larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
