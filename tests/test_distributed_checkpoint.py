@@ -105,6 +105,7 @@ CASES: dict[str, Fresh] = {
     "scheduled": fresh(lr=WarmUp(3, Cosine(0.03, 0.01, 9)), damping=StepWise(1e-2, 0.5, (2, 6))),
     "paper": fresh(form=KFAC.paper),
     "bfloat16": fresh(lambda: mlp().to(torch.bfloat16)),
+    "paper, bfloat16": fresh(lambda: mlp().to(torch.bfloat16), form=KFAC.paper),
 }
 
 
@@ -113,7 +114,7 @@ CASES: dict[str, Fresh] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_distributed_checkpoint_goes_on_to_the_bit(case, n, flatten, tmp_path):
     """With few rows they wait in the state for a later product; with many the place for them stays empty."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=case == "bfloat16"):
+    with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in case):
         straight, resumed = through_checkpoint(CASES[case], tmp_path, n, flatten_optimizer_state_dict=flatten)
     assert_same(resumed, straight)
 
@@ -146,6 +147,24 @@ def test_a_checkpoint_of_a_run_that_did_not_begin(tmp_path):
     untouched = fresh()()
     assert trained(again, 4, 128) == trained(untouched, 4, 128) == trained(pair, 4, 128)
     torch.testing.assert_close(again[1].state_dict(), untouched[1].state_dict(), rtol=0, atol=0)
+
+
+def test_a_block_without_data_does_not_move_its_weight():
+    """The inverses that appeared are zeros; a first pass that is spoiled must find none, so that AdamW steps in."""
+    states = []
+    for appeared in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        optimizer = KFAC(model, likelihood="gaussian", compile=False)
+        if appeared:
+            _, state = get_state_dict(model, optimizer)
+            set_state_dict(model, optimizer, model_state_dict=model.state_dict(), optim_state_dict=state)
+        for i, scale in enumerate((1e25, 1.0, 1.0)):
+            optimizer.zero_grad()
+            (model(data(seed=i)[0] * scale) / scale).square().mean().backward()
+            optimizer.step()
+        states.append({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": []})
+    assert_same(*states)
 
 
 class Functional(nn.Module):
@@ -181,9 +200,19 @@ def test_a_block_that_was_not_expected_is_not_lost_in_silence(tmp_path):
 
 def test_a_state_that_appeared_is_what_training_makes():
     """Name by name, shape by shape: nothing that is saved has no place to be loaded into."""
-    for case in ("plain", "eigen", "tridiagonal", "inverse_free", "convolutional", "recurrent", "paper"):
+    for case in (
+        "plain",
+        "eigen",
+        "tridiagonal",
+        "inverse_free",
+        "convolutional",
+        "recurrent",
+        "paper",
+        "paper, bfloat16",
+    ):
         model, optimizer = CASES[case]()
-        trained((model, optimizer), 3, 128)
+        with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in case):
+            trained((model, optimizer), 3, 128)
         other, empty = CASES[case]()
         _, state = get_state_dict(other, empty)
         names = dict(zip(range(99), (name for name, _ in other.named_parameters()), strict=False))

@@ -187,6 +187,14 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage):
     assert optimizer.param_groups[0]["step"] == 4
 
 
+def test_one_bias_belongs_to_one_weight():
+    """Also where it would fit another."""
+    optimizer = stepped(nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 3)))
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["state"][2]["bias"] = 1
+    assert_refused(optimizer, bad, f"2.weight has {BIAS}")
+
+
 @pytest.mark.parametrize("damage", ["A without G", "NaN in momentum", "bias out of range", "no lr"])
 def test_a_fresh_optimizer_refuses_it_too(damage):
     change, message = DAMAGES[damage]
