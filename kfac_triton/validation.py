@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -59,6 +60,8 @@ def _check_group(group: Mapping[str, Any], defaults: Mapping[str, Any], settings
     if lacking is not None:
         raise ValueError(f"the state has a group without {lacking!r}: it is not one of KFAC")
     whole = {**YOUNGER, **group}
+    if whole["kl_clip"] is None:  # set during training; the next step makes it inf
+        whole["kl_clip"] = math.inf
     try:
         for name in ("adaptive_lr", "adaptive_momentum", "adaptive_damping", "calibrate_damping"):
             if not isinstance(whole[name], bool):

@@ -378,6 +378,7 @@ def test_kl_clip_is_taken_out_during_training():
         model = mlp()
         optimizer = kfac(model, lr=0.5, kl_clip=None if not late else 1e-4)
         optimizer.param_groups[0]["kl_clip"] = None
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         both(optimizer, model)
         assert optimizer.param_groups[0]["kl_clip"] == math.inf
         steps.append(model[0].weight.detach().clone())
