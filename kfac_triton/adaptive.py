@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import distributed, loss_scale, ops
+from kfac_triton import loss_scale, ops
 from kfac_triton.arguments import Settings
 from kfac_triton.capture import ModuleState
 from kfac_triton.curvature import Curvature
@@ -193,7 +193,7 @@ class AdaptiveStep:
             state[w].update(own)
         device = now.finite.device
         faster = curvature.settings.precision == "auto" and ops.multiplies_bf16_faster(device)
-        if distributed.common([faster], device)[0]:
+        if curvature.ranks.common([faster], device)[0]:
             return self._rounded_or_not(optimizer, curvature, now, fallback, best.proposal)
         return best.proposal
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from kfac_triton.likelihoods import Likelihood, as_likelihood
@@ -81,11 +80,11 @@ class Settings:
             if chosen != usual and "reduce" in self._sharings():
                 raise ValueError(f'{name} must be "{usual}" with weight_sharing="reduce"; got {chosen!r}')
         self._check_blocks()
-        _number("loss_scale", self.loss_scale, above=0.0)
-        _number("factor_fraction", self.factor_fraction, above=0.0, most=1.0)
-        _number("quadratic_fraction", self.quadratic_fraction, above=0.0, most=1.0)
-        _integer("max_factor_dim", self.max_factor_dim)
-        _integer("seed", self.seed, least=0)
+        number("loss_scale", self.loss_scale, above=0.0)
+        number("factor_fraction", self.factor_fraction, above=0.0, most=1.0)
+        number("quadratic_fraction", self.quadratic_fraction, above=0.0, most=1.0)
+        integer("max_factor_dim", self.max_factor_dim)
+        integer("seed", self.seed, least=0)
         for name, value in (("output", self.output), ("mask", self.mask)):
             if value is not None and not callable(value):
                 raise ValueError(f"{name} must be a callable or None; got {value!r}")
@@ -131,13 +130,29 @@ def checked_model(model: object) -> nn.Module:
 
     Raises:
         TypeError: it is no module, for instance `model.parameters()`.
+        NotImplementedError: its parameters are sharded.
     """
     if isinstance(model, nn.Module):
+        check_whole(model)
         return model
     raise TypeError(
         f"model must be a torch.nn.Module, since K-FAC sees the layers' inputs; got {type(model).__name__}. "
         "Write KFAC(model, ...), not KFAC(model.parameters(), ...); a subset of parameters goes to params="
     )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises NotImplementedError where a part of the model is sharded: a process then sees slices of its weights.
+
+    FullyShardedDataParallel marks every module that it manages.
+    """
+    for name, module in model.named_modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if kinds & {"FullyShardedDataParallel", "FSDPModule"} or hasattr(module, "_is_fsdp_managed_module"):
+            raise NotImplementedError(
+                f"parameters sharded by FullyShardedDataParallel or fully_shard ({name or 'the whole model'}) are not "
+                "supported; use DistributedDataParallel"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -192,7 +207,7 @@ def adaptive_groups(
     if initial_damping is not None:
         if not group["adaptive_damping"]:
             raise ValueError(f'initial_damping belongs to damping="adaptive"; got {initial_damping!r}, {damping!r}')
-        _number("initial_damping", initial_damping, above=0.0)
+        number("initial_damping", initial_damping, above=0.0)
     if kl_clip == "default":
         kl_clip = None if group["adaptive_lr"] else DEFAULT_KL_CLIP
     if kl_clip is not None and group["adaptive_lr"]:
@@ -203,37 +218,11 @@ def adaptive_groups(
     return group
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Checks the hyper-parameters of one group, which are numbers or (lr) a 0-d tensor."""
-    for name in ("lr", "momentum", "damping"):
-        value = group[name]
-        if not isinstance(value, (int, float, Tensor)):
-            allowed = {
-                "lr": "a number, a 0-d tensor or a Schedule",
-                "momentum": "a number",
-                "damping": "a number or a Schedule",
-            }
-            raise ValueError(f"{name} must be {allowed[name]}; got {value!r}")
-    if isinstance(group["lr"], Tensor) and group["lr"].dim() != 0:
-        raise ValueError(f"lr as a tensor must be 0-d; got shape {tuple(group['lr'].shape)}")
-    _number("lr", group["lr"], least=0.0)
-    if not group["adaptive_momentum"]:
-        _number("momentum", group["momentum"], least=0.0, below=1.0)
-    _number("damping", group["damping"], least=0.0)
-    _number("weight_decay", group["weight_decay"], least=0.0)
-    _number("factor_decay", group["factor_decay"], least=0.0, below=1.0)
-    _number("kl_clip", group["kl_clip"], above=0.0, infinite=True)
-    if not isinstance(group["kl_annealing"], bool):
-        raise ValueError(f"kl_annealing must be True or False; got {group['kl_annealing']!r}")
-    _integer("factor_interval", group["factor_interval"])
-    _integer("inverse_interval", group["inverse_interval"])
-
-
 def fallback_ratio(fallback_lr: float | None, lr: float | Tensor) -> float:
     """The fallback's learning rate as a multiple of lr, so that it follows lr's scheduler; a tenth by default."""
     if fallback_lr is None:
         return 0.1
-    _number("fallback_lr", fallback_lr, least=0.0)
+    number("fallback_lr", fallback_lr, least=0.0)
     if float(lr) == 0.0:
         raise ValueError("fallback_lr is held as a multiple of lr and has none for lr=0; give lr its peak value")
     return fallback_lr / float(lr)
@@ -251,8 +240,8 @@ def check_parameters(parameters: list[nn.Parameter], model: nn.Module) -> None:
             raise ValueError(f"params holds a tensor of shape {tuple(p.shape)} that is no parameter of model")
         if not p.is_floating_point():
             raise ValueError(f"parameters must be real floating-point tensors; one is {p.dtype}")
-        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
-            raise NotImplementedError("sharded parameters (fully_shard, DTensor) are not supported yet")
+        if "DTensor" in (type(p).__name__, type(p.data).__name__):
+            raise NotImplementedError("sharded parameters (DTensor) are not supported; use DistributedDataParallel")
     devices = {p.device for p in parameters}
     if len(devices) > 1:
         raise ValueError(f"all parameters must be on one device; got {sorted(map(str, devices))}")
@@ -263,12 +252,13 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def _integer(name: str, value: object, least: int = 1) -> None:
+def integer(name: str, value: object, least: int = 1) -> None:
+    """Raises ValueError, which names the argument, unless the value is an integer >= `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}; got {value!r}")
 
 
-def _number(
+def number(
     name: str,
     value: object,
     *,
@@ -278,9 +268,11 @@ def _number(
     most: float = math.inf,
     infinite: bool = False,
 ) -> None:
+    """Raises ValueError, which names the argument, unless the value is a number within these limits."""
+    value_of = float(value) if isinstance(value, (int, float, Tensor)) else math.nan
+    fits = least <= value_of <= most and above < value_of and (value_of < below or below == math.inf)
+    if fits and not isinstance(value, bool) and (math.isfinite(value_of) or infinite):
+        return
     limits = [f">= {least}", f"> {above}", f"< {below}", f"<= {most}"]
     bounds = [text for text, limit in zip(limits, (least, above, below, most), strict=True) if math.isfinite(limit)]
-    number = float(value) if isinstance(value, (int, float, torch.Tensor)) else math.nan
-    fits = least <= number <= most and above < number and (number < below or below == math.inf)
-    if isinstance(value, bool) or not fits or not (math.isfinite(number) or infinite):
-        raise ValueError(f"{name} must be a number {' and '.join(bounds)}; got {value!r}")
+    raise ValueError(f"{name} must be a number {' and '.join(bounds)}; got {value!r}")

@@ -56,7 +56,7 @@ def _joint_basis(F: Tensor, C: Tensor) -> tuple[Tensor, Tensor] | None:
     half = torch.linalg.solve_triangular(L, C, upper=False)
     whitened = torch.linalg.solve_triangular(L, half.mT, upper=False)
     s, E = torch.linalg.eigh((whitened + whitened.mT) / 2)
-    K = torch.linalg.solve_triangular(L.mT, E, upper=True)
+    K = torch.linalg.solve_triangular(L.mT, E, upper=True).contiguous()
     return (K, s.clamp(0, 1)) if bool(torch.isfinite(K).all()) else None
 
 

@@ -1,90 +1,108 @@
-"""What torch.optim leaves to be done when a state is loaded, and when a copied optimizer meets its model again."""
+"""What torch.optim leaves to be done when a state is loaded, made to appear, or follows its model."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kfac_triton import schema
 from kfac_triton.approximations import kronecker
-
-
-def check_compatible(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raises ValueError where the state cannot be one of this optimizer's model."""
-    if "state" not in state_dict or "param_groups" not in state_dict:
-        raise ValueError("not the state of an optimizer: it must hold 'state' and 'param_groups'")
-    saved, own = state_dict["param_groups"], optimizer.param_groups
-    sizes = [len(group["params"]) for group in saved], [len(group["params"]) for group in own]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"the state has groups of {sizes[0]} parameters, this optimizer of {sizes[1]}: another model's"
-        )
-    lacking = next((name for group in saved for name in ("damping", "step") if name not in group), None)
-    if lacking is not None:
-        raise ValueError(f"the state has a group without {lacking!r}: it is not one of KFAC")
-    for p, stored in _pairs(optimizer, state_dict):
-        shapes = {name: t for name, t in stored.items() if name in ("momentum_buffer", "exp_avg", "exp_avg_sq")}
-        wrong = next((t for t in shapes.values() if t.shape != p.shape), None)
-        if wrong is not None:
-            raise ValueError(
-                f"the state holds a tensor of shape {tuple(wrong.shape)} for a parameter of shape {tuple(p.shape)}: "
-                "another model's"
-            )
-        if "operation" in stored and not _factors_fit(stored, p):
-            raise ValueError(f"the state's factors do not fit a parameter of shape {tuple(p.shape)}: another model's")
-
-
-def _factors_fit(stored: Mapping[str, Any], p: Tensor) -> bool:
-    try:
-        shapes = kronecker.restored_layout(stored, p).factor_shapes(p.shape)
-    except (IndexError, KeyError, ZeroDivisionError):
-        return False
-    names = "AG" if "A" in stored else ("A_root", "G_root")
-    return all(
-        name not in stored or tuple(stored[name].shape) == shape for name, shape in zip(names, shapes, strict=True)
-    )
+from kfac_triton.curvature import Block, Curvature
+from kfac_triton.schema import Neighbour, Part
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Puts back the tensors that Optimizer.load_state_dict cast to their parameter's dtype."""
-    for p, stored in _pairs(optimizer, state_dict):
-        for name, value in stored.items():
-            if isinstance(value, Tensor):
-                optimizer.state[p][name] = value.detach().to(p.device, copy=True)
-
-
-def _pairs(
-    optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
-) -> Iterator[tuple[nn.Parameter, Mapping[str, Any]]]:
     for saved, own in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         for key, p in zip(saved["params"], own["params"], strict=True):
-            yield p, state_dict["state"].get(key, {})
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor):
+                    optimizer.state[p][name] = value.detach().to(p.device, copy=True)
 
 
-def rebind(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], names: list[str]) -> None:
-    """Replaces the optimizer's parameters, which `names` lists in order, by the model's of the same name.
+def rebind(optimizer: torch.optim.Optimizer, new: Mapping[Any, nn.Parameter]) -> None:
+    """Replaces parameters of the optimizer by others, which take over their state."""
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    for p, stored in optimizer.state.items():
+        state[new.get(p, p)] = stored
+    for group in optimizer.param_groups:
+        group["params"] = [new.get(p, p) for p in group["params"]]
+    optimizer.state = state
+
+
+def by_name(
+    listed: Iterable[nn.Parameter], names: Iterable[str | None], model: nn.Module
+) -> dict[nn.Parameter, nn.Parameter]:
+    """The model's parameters in the place of those listed, which have these names; without a name one stays.
 
     Raises:
         ValueError: the model has none of that name and shape.
     """
-    order = iter(names)
-    state: defaultdict[Any, Any] = defaultdict(dict)
-    lists = []
-    for group in optimizer.param_groups:
-        parameters = []
-        for old in group["params"]:
-            name = next(order)
-            new = named.get(name)
-            if new is None or new.shape != old.shape:
-                came = "none" if new is None else f"shape {tuple(new.shape)}"
-                raise ValueError(f"the optimizer holds {name} of shape {tuple(old.shape)}; the model has {came}")
-            if old in optimizer.state:
-                state[new] = optimizer.state[old]
-            parameters.append(new)
-        lists.append(parameters)
-    for group, parameters in zip(optimizer.param_groups, lists, strict=True):
-        group["params"] = parameters
-    optimizer.state = state
+    named = dict(model.named_parameters())
+    found = {}
+    for old, name in zip(listed, names, strict=True):
+        if name is None:
+            continue
+        new = named.get(name)
+        if new is None or new.shape != old.shape:
+            came = "none" if new is None else f"shape {tuple(new.shape)}"
+            raise ValueError(f"the optimizer holds {name} of shape {tuple(old.shape)}; the model has {came}")
+        found[old] = new
+    return found
+
+
+def follow(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Converts the state of parameters that were converted to another dtype or device; counters keep their dtype."""
+    for p in parameters:
+        own = (*schema.ADAMW[:2], "momentum_buffer", "A_root", "G_root")
+        for name, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor):
+                counter = name in ("factor_updates", "spectrum_updates", "fallback_step")
+                wanted = value.dtype if counter else p.dtype if name in own else kronecker.factor_dtype(p)
+                optimizer.state[p][name] = value.to(p.device, wanted)
+
+
+def prepare(optimizer: torch.optim.Optimizer, curvature: Curvature, parameters: list[nn.Parameter]) -> None:
+    """Makes the whole state appear, without data, for the blocks that the modules' types promise.
+
+    torch.distributed.checkpoint loads in place, and so only what is there.
+    """
+    blocks, first = curvature.known_blocks(parameters), optimizer.param_groups[0]
+    adaptive = any(first[f"adaptive_{name}"] for name in ("lr", "momentum", "damping"))
+    moving = any(group["momentum"] != 0 or group["adaptive_damping"] for group in optimizer.param_groups)
+    _prepare_blocks(optimizer, curvature, blocks)
+    covered = {*blocks, *(block.bias for block in blocks.values())}
+    for p in parameters:
+        momentum, adamw = schema.parts_of_parameter(p)
+        stored = optimizer.state[p]  # empty where nothing else is: torch.distributed.checkpoint asks for an entry
+        if p not in covered:
+            _fill(stored, adamw, p)
+        elif moving:
+            _fill(stored, momentum, p, which=-1 if adaptive else 0)
+
+
+def _prepare_blocks(
+    optimizer: torch.optim.Optimizer, curvature: Curvature, blocks: Mapping[nn.Parameter, Block]
+) -> None:
+    """Those of a tridiagonal chain in the order of the modules."""
+    chained = curvature.settings.approximation == "tridiagonal"
+    following = [Neighbour(weight, block.layout) for weight, block in blocks.items()][1:]
+    for place, (weight, block) in enumerate(blocks.items()):
+        curvature.begin(weight, block, optimizer.state)
+        stored = optimizer.state[weight]
+        if chained:
+            stored["chain"] = place
+        after = following[place] if chained and place < len(following) else None
+        for part in schema.parts_of_block(weight, block.layout, curvature.settings, after):
+            _fill(stored, part, weight)
+
+
+def _fill(stored: dict[str, Any], part: Part, p: nn.Parameter, which: int = 0) -> None:
+    """Zeros for all tensors of a part, in the first of their dtypes or another; as the parameter lies in memory."""
+    for name, (shape, dtypes) in part.slots.items():
+        like = p if shape == p.shape else p.new_empty(shape)
+        stored[name] = torch.zeros_like(like, dtype=dtypes[which])

@@ -7,19 +7,19 @@ what the passes saw, and what was said about it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import distributed
 from kfac_triton.approximations import eigen, inverse_free, kronecker, temporal, tridiagonal
-from kfac_triton.arguments import Settings, check_sharing
+from kfac_triton.arguments import APPROXIMATIONS, Settings, check_sharing
 from kfac_triton.blocks.layout import Layout
 from kfac_triton.capture import Call, Ledger, ModuleState, sweep_inert
 from kfac_triton.damping import factored_damping
+from kfac_triton.distributed import Ranks
 from kfac_triton.empirical import EmpiricalSums
 from kfac_triton.expected import expected_uses
 from kfac_triton.fisher import FisherPass, Seen
@@ -45,7 +45,8 @@ class Block:
 class Curvature:
     """Factors and inverses of the blocks of `module`, from its own Fisher passes or from taps in the user's passes.
 
-    `due()`: the number of the next factor update, or None where the next step makes none.
+    `due()`: the number of the next factor update, or None where the next step makes none. `follow()` takes in what the
+    user changed in the model, before a pass of theirs that taps collect from.
     """
 
     def __init__(
@@ -53,11 +54,14 @@ class Curvature:
         module: nn.Module,
         settings: Settings,
         parameters: list[nn.Parameter],
+        ranks: Ranks,
         due: Callable[[], int | None],
+        follow: Callable[[], None],
     ) -> None:
         self.module = module
         self.module_state = ModuleState(module)
         self.settings = settings
+        self.ranks = ranks
         self.blocks: dict[nn.Parameter, Block] = {}
         self.reasons: dict[nn.Parameter, str] = {}
         self.names = {p: name for name, p in module.named_parameters()}
@@ -88,11 +92,12 @@ class Curvature:
         sweep_inert(module)
         if self._pass is not None and settings.fisher_pass != "replay":
             always = settings.fisher_pass == "piggyback"
-            self._piggyback = Piggyback(self._pass, lambda: self.parameters, due, always)
+            self._piggyback = Piggyback(self._pass, lambda: self.parameters, ranks, due, always)
         device_types = {"cpu", *(p.device.type for p in parameters)}
-        self.passes = Ledger(self.module_state, parameters, device_types, self._sums or self._piggyback)
+        self.passes = Ledger(self.module_state, parameters, device_types, self._sums or self._piggyback, follow)
         if self._sums is not None:
             self._sums.destination = self.passes.destination
+            self._sums.follow = follow
         if self._piggyback is not None:
             self._piggyback.ledger = self.passes
 
@@ -102,10 +107,32 @@ class Curvature:
         if self._sums is not None:
             self._sums.close()
 
-    def extend(self, parameters: list[nn.Parameter], state: State) -> None:
-        """Takes in the parameters of a new group, perhaps of new layers; `parameters` are all there are."""
+    def extend(
+        self,
+        parameters: list[nn.Parameter],
+        state: State,
+        replaced: Mapping[nn.Parameter, nn.Parameter],
+        reshaped: set[nn.Parameter],
+    ) -> None:
+        """Takes in what changed in the groups or in the module; `parameters` are all that are left or new.
+
+        The state of parameters that left or were reshaped goes, and so does the block of such a weight; those that were
+        `replaced` have theirs already.
+        """
         self.names = {p: name for name, p in self.module.named_parameters()}
         self.parameters = parameters
+        self._chain = [replaced.get(w, w) for w in self._chain]
+        self._suspects, self._unmeasured = [], []
+        here, known = set(parameters) - reshaped, self.names.keys() - reshaped
+        blocks = {
+            replaced.get(w, w): Block(b.layout, None if b.bias is None else replaced.get(b.bias, b.bias))
+            for w, b in self.blocks.items()
+        }
+        self.blocks = {w: b for w, b in blocks.items() if w in here and (b.bias is None or b.bias in known)}
+        if len(self.blocks) < len(blocks) and self.settings.approximation == "tridiagonal":
+            self.blocks, self._chain = {}, []  # what links the layers that stay goes through those that left
+        for p in {*blocks, *(p for p in state if isinstance(p, Tensor) and p not in here)} - self.blocks.keys():
+            state.pop(p, None)
         for weight, block in self.blocks.items():
             state[weight]["bias"] = self._index(block.bias)
         self.passes.follow(parameters)
@@ -122,23 +149,19 @@ class Curvature:
         self.blocks = {}
         for weight in self.names:
             stored = state.get(weight, {})
-            # roots of inverses and factors say nothing of each other: the block begins anew
-            has_factors, needs_factors = "A" in stored, self.settings.approximation != "inverse_free"
-            if "operation" in stored and has_factors == needs_factors:
-                layout = kronecker.restored_layout(stored, weight)
-                self.blocks[weight] = Block(layout, parameters[int(stored["bias"])] if layout.bias else None)
-                if not self._fits(stored):
-                    for name in self.inverses(stored):  # of another approximation: the next step makes its own
-                        del stored[name]
+            if "operation" not in stored:
+                continue
+            if not stored["factor_updates"] > 0 and "exp_avg" not in stored:  # it was prepared, and never trained
+                stored.clear()
+                continue
+            layout = kronecker.restored_layout(stored, weight)
+            self.blocks[weight] = Block(layout, parameters[int(stored["bias"])] if layout.bias else None)
+            if self.settings.temporal == "independent" and temporal.stored(stored) is not None:
+                for name in self.inverses(stored):  # the next step makes its own
+                    del stored[name]
         self.observed = bool(self.blocks)
         if self.settings.approximation == "tridiagonal":
             self._chain = tridiagonal.in_order(state, self.blocks)
-
-    def _fits(self, stored: dict[str, Any]) -> bool:
-        """Whether what a state holds besides factors belongs to the approximation of now."""
-        return eigen.stored(stored) == (self.settings.approximation == "eigen") and (
-            temporal.stored(stored) is None or self.settings.temporal != "independent"
-        )
 
     def update_factors(
         self,
@@ -162,7 +185,7 @@ class Curvature:
         found, reasons, terms = self._statistics(kept, seen, parameters, update, terms, unscale)
         for p in due:
             group_of(p)["terms_per_example"] = terms
-        seen_by_all = distributed.common([p in found for p in self.parameters], due[0].device)
+        seen_by_all = self.ranks.common([p in found for p in self.parameters], due[0].device)
         found = {p: found[p] for p, seen in zip(self.parameters, seen_by_all, strict=True) if seen}
         self._note_reasons(reasons, found)
         for p in self.reasons:
@@ -173,7 +196,7 @@ class Curvature:
             return
         finite = torch.isfinite(torch.stack([torch.stack(s.magnitudes()).sum() for s in statistics.values()]))
         usable = finite & torch.stack([s.present() for s in statistics.values()])
-        distributed.all_agree_(usable)
+        self.ranks.all_agree_(usable)
         updates = []
         for (weight, own), ok in zip(statistics.items(), usable.unbind(), strict=True):
             self._adopt(weight, own.layout, own.bias, state)
@@ -184,11 +207,11 @@ class Curvature:
         if self.settings.approximation == "inverse_free":
             self._update_roots(updates, list(statistics), state, group_of)
             return
-        kronecker.update_factors(updates, at_once=distributed.active())
+        kronecker.update_factors(updates, at_once=self.ranks.active)
         if self.settings.temporal != "independent":
             temporal.update_lags(updates)
             names = ("A_lag", "G_lag", "time_steps")
-            distributed.average_([u.state[name] for u in updates for name in names if name in u.state])
+            self.ranks.average_([u.state[name] for u in updates for name in names if name in u.state])
         if self.settings.approximation == "eigen":
             self._measure([update for update in updates if eigen.stored(update.state)])
             self._unmeasured = [update for update in updates if not eigen.stored(update.state)]
@@ -197,8 +220,8 @@ class Curvature:
             tridiagonal.update_cross_moments(
                 state, statistics, decay, dict(zip(statistics, usable.unbind(), strict=True))
             )
-            distributed.average_([state[w][name] for w in list(statistics)[:-1] for name in ("A_next", "G_next")])
-        distributed.average_([state[w][name] for w in statistics for name in "AG"])
+            self.ranks.average_([state[w][name] for w in list(statistics)[:-1] for name in ("A_next", "G_next")])
+        self.ranks.average_([state[w][name] for w in statistics for name in "AG"])
 
     def _repeatable(self, kept: list[Call]) -> bool:
         """Whether each call can be run again by itself. From the next step on the others are recorded as they run."""
@@ -231,13 +254,14 @@ class Curvature:
     ) -> None:
         """Inverse-free: the statistics move the roots at once."""
         inverse_free.update(
-            [(update, w, factored_damping(group_of(w))) for update, w in zip(updates, weights, strict=True)]
+            [(update, w, factored_damping(group_of(w))) for update, w in zip(updates, weights, strict=True)],
+            self.ranks,
         )
 
     def _measure(self, updates: list[kronecker.FactorUpdate]) -> None:
         """Eigenvalues in the bases as they are."""
         eigen.correct(updates)
-        distributed.average_([update.state["spectrum"] for update in updates if eigen.stored(update.state)])
+        self.ranks.average_([update.state["spectrum"] for update in updates if eigen.stored(update.state)])
 
     def update_inverses(self, state: State, group_of: GroupOf, *, all_of_them: bool = False) -> None:
         """Refreshes the inverses of every block whose group is due, or of `all_of_them`."""
@@ -287,7 +311,7 @@ class Curvature:
             assert self._sums is not None
             return self._sums.take(kept, unscale), self._sums.refused, terms
         if seen is None:
-            seen = self._pass.run(kept, parameters, update, terms)
+            seen = self._pass.run(kept, parameters, update, terms, self.ranks.rank)
         known = set(parameters)
         uses = {w: u for w, u in seen.uses.items() if w not in seen.unsupported}
         joint, refused = joint_biases(seen, known)
@@ -344,8 +368,10 @@ class Curvature:
         unsaid = [f"{self.names[p]} ({why})" for p, why in self.reasons.items() if p not in self._named]
         self._named.update(self.reasons)
         self.observed = True
-        if unsaid:
+        if unsaid and covered:
             log.info("without a K-FAC block, so AdamW updates them: %s", ", ".join(unsaid))
+        elif unsaid:
+            log.warning("no parameter has a K-FAC block, so AdamW updates all of them: %s", ", ".join(unsaid))
 
     def _adopt(self, weight: nn.Parameter, layout: Layout, bias: nn.Parameter | None, state: State) -> None:
         """Makes the block of a weight, anew where it is used in another way than before."""
@@ -356,8 +382,13 @@ class Curvature:
         for p in (weight, bias):
             if p is not None:
                 state[p].clear()
+        self.begin(weight, self.blocks[weight], state)
+
+    def begin(self, weight: nn.Parameter, block: Block, state: State) -> None:
+        """Writes what describes a block into the state, and space for its factors."""
         factors = self.settings.approximation != "inverse_free"
-        kronecker.initialise(state[weight], weight, layout, self._index(bias), factors=factors)
+        kronecker.initialise(state[weight], weight, block.layout, self._index(block.bias), factors=factors)
+        state[weight]["approximation"] = APPROXIMATIONS.index(self.settings.approximation)
 
     def _index(self, bias: nn.Parameter | None) -> int:
         """Which of the module's parameters the bias is; -1 for none."""

@@ -75,9 +75,11 @@ class EmpiricalSums(Listener):
     """Collects the sums of every tapped weight until `take`, from the passes that a ledger tells of.
 
     `destination`: in a backward pass, what becomes of the gradients of parameters; only accumulated ones count.
+    `follow` takes in what the user changed in the model.
     """
 
     destination: Callable[[], Destination]
+    follow: Callable[[], None]
     assigned_gradients = False
 
     def __init__(self, state: ModuleState, parameters: list[nn.Parameter], settings: Settings) -> None:
@@ -113,6 +115,8 @@ class EmpiricalSums(Listener):
 
     def begun(self) -> _Pass:
         """A forward pass begins."""
+        if not torch.compiler.is_compiling():
+            self.follow()
         self._pass = _Pass(self._zero, {} if torch.compiler.is_compiling() else None)
         return self._pass
 

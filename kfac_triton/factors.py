@@ -317,5 +317,6 @@ def _cholesky_inverse_(F: Tensor, d: Tensor) -> Tensor | None:
     # cholesky_inverse raises on a factor with a zero on its diagonal; what is not finite shows there, row by row
     if bool(info.any() | ~torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all()):
         return None
-    inverse = torch.cholesky_inverse(factor)
+    # by rows, as a checkpoint is loaded into memory: the products with it then round alike; its columns are its rows
+    inverse = torch.cholesky_inverse(factor).mT.contiguous()
     return inverse if bool(torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all()) else None

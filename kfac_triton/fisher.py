@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from kfac_triton import distributed
 from kfac_triton.blocks.custom import LayerBlock
 from kfac_triton.capture import (
     Call,
@@ -141,15 +140,22 @@ class FisherPass:
     blocks: Blocks = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
 
-    def run(self, kept: list[Call], parameters: list[nn.Parameter], update: int, terms_per_example: int = 1) -> Seen:
+    def run(
+        self,
+        kept: list[Call],
+        parameters: list[nn.Parameter],
+        update: int,
+        terms_per_example: int = 1,
+        rank: int = 0,
+    ) -> Seen:
         """`update`: the number of this factor update; with `seed` it decides samples, dropout and the part used.
 
-        `terms_per_example`: what the last update saw.
+        `terms_per_example`: what the last update saw. `rank`: among data-parallel ranks, which sample apart.
         """
         seen = Seen(terms_per_example=terms_per_example)
         for number, call in enumerate(kept):
             call.check_unwritten()
-            seed = mixed_seed(self.seed, update, number + (distributed.rank() << 32))
+            seed = mixed_seed(self.seed, update, number + (rank << 32))
             with bare_pass(self.state, call.inputs, seed) as replay:
                 self._one_batch(replay, call.inputs, parameters, update, seed, number, seen)
         return seen

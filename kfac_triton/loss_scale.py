@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from kfac_triton import distributed
 from kfac_triton.capture import Inputs, changed_outputs
 from kfac_triton.fisher import tensor_of_outputs
 from kfac_triton.objective import Objective
@@ -67,7 +66,7 @@ class _Shifted:
         self._sums = torch.zeros(2, dtype=torch.float64)  # u^T H u and the loss terms
         with changed_outputs(self._products.state.root, self._change):
             loss = objective.loss()
-        distributed.average_([self._sums])
+        objective.ranks.average_([self._sums])
         curved, terms = self._sums.tolist()
         self.curvature = curved / terms if terms else 0.0
         return loss

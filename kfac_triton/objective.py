@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import distributed
 from kfac_triton.capture import ModuleState, alone, backward_calls, closure_pass
+from kfac_triton.distributed import Ranks
 
 
 class Objective:
@@ -22,9 +22,15 @@ class Objective:
     """
 
     def __init__(
-        self, closure: Callable[[], Any], state: ModuleState, parameters: list[nn.Parameter], forward_only: bool = True
+        self,
+        closure: Callable[[], Any],
+        state: ModuleState,
+        parameters: list[nn.Parameter],
+        ranks: Ranks,
+        forward_only: bool = True,
     ) -> None:
-        self.forward_only = forward_only and not distributed.active()
+        self.ranks = ranks
+        self.forward_only = forward_only and not ranks.active
         self._closure, self._state, self._parameters = closure, state, parameters
         self._device = parameters[0].device
 
@@ -33,7 +39,7 @@ class Objective:
 
         A closure that draws random numbers runs alone among those of all threads, so that they can be drawn again.
         """
-        drawing = self._state.closure_draws and not distributed.active()
+        drawing = self._state.closure_draws and not self.ranks.active
         with alone() if drawing else nullcontext():
             self.opening = self._state.opening()
             with backward_calls() as self._backward_calls:
@@ -77,7 +83,7 @@ class Objective:
 
     def _mean(self, returned: Any) -> float:
         mean = torch.tensor(number(returned), dtype=torch.float64, device=self._device)
-        distributed.average_([mean])
+        self.ranks.average_([mean])
         return float(mean)
 
 

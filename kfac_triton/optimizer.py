@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from kfac_triton import arguments, assembly, checkpoint, schedules, tuned
+from kfac_triton import arguments, assembly, checkpoint, groups, schedules, tuned, validation
 from kfac_triton.adaptive import AdaptiveStep
 from kfac_triton.approximations import average, eigen, inverse_free, kronecker, tridiagonal
 from kfac_triton.approximations import temporal as temporal_state
@@ -21,7 +21,9 @@ from kfac_triton.capture import Call
 from kfac_triton.compiled import CompiledStep
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import factored_damping
+from kfac_triton.distributed import Ranks
 from kfac_triton.likelihoods import Likelihood
+from kfac_triton.membership import Members
 from kfac_triton.objective import Objective
 from kfac_triton.proposal import Occasion
 from kfac_triton.schedules import Schedule
@@ -103,15 +105,20 @@ class KFAC(torch.optim.Optimizer):
         seed: of the sampled targets.
         compile: compile the step. Without a C++ compiler: one warning, then eager.
         tuned_for: from `load_tuned`: what the other arguments were tuned for. Another model or device: a warning.
+        process_group: the `ProcessGroup` whose ranks share factors. Default: that of the model's
+            DistributedDataParallel, now or when it first calls the model; without one the factors are this process's.
 
     Raises:
         TypeError: `model` is no module.
+        NotImplementedError: its parameters are sharded.
         ValueError: an argument is out of its range; the message says which and what is allowed.
     """
 
     _step_supports_amp_scaling = True
     _curvature: Curvature | None = None
     _module: nn.Module | None = None
+    _ranks: Ranks | None = None
+    _names: tuple[str | None, ...] = ()
     _loaded: dict[str, Any] | None = None
     _uncounted: Tensor | None = None
     _adaptive: AdaptiveStep | None = None
@@ -154,8 +161,11 @@ class KFAC(torch.optim.Optimizer):
         seed: int = 0,
         compile: bool = True,
         tuned_for: Mapping[str, Any] | None = None,
+        process_group: Any = None,
     ) -> None:
-        arguments.checked_model(model)
+        ranks = Ranks(arguments.checked_model(model), process_group)
+        self._needs_group = process_group is not None
+        self._watch = groups.Watch()
         self._settings = arguments.settings(
             likelihood,
             loss_scale=loss_scale,
@@ -194,7 +204,7 @@ class KFAC(torch.optim.Optimizer):
             **arguments.COUNTERS,
         }
         schedules.take_out(defaults)
-        arguments.check_group(defaults)
+        groups.check(defaults)
         if defaults["adaptive_damping"]:
             defaults["gamma"] = math.sqrt(defaults["damping"] + weight_decay / loss_scale)
             defaults["bf16"] = False
@@ -207,7 +217,7 @@ class KFAC(torch.optim.Optimizer):
         if params is None:
             params = [p for p in self._module.parameters() if p.requires_grad]
         super().__init__(params, defaults)
-        self._attach(self._module)
+        self._attach(self._module, ranks)
 
     @classmethod
     def paper(cls, model: nn.Module, params: ParamsT | None = None, **options: Any) -> KFAC:
@@ -228,32 +238,52 @@ class KFAC(torch.optim.Optimizer):
         }  # fmt: skip
         return cls(model, params, **{**constants, **options})
 
-    def _attach(self, module: nn.Module) -> None:
-        self._module = module
+    def _attach(self, module: nn.Module, ranks: Ranks) -> None:
+        self._module, self._ranks = module, ranks
         self._step_function = CompiledStep(self._settings.compile)
+        self._members = Members(module, self._listed())
         itself = weakref.ref(self)  # the model's hooks must not keep the optimizer alive
 
         def due() -> int | None:
             optimizer = itself()
             return None if optimizer is None else optimizer._next_update()
 
-        self._curvature = Curvature(module, self._settings, self._parameters(), due)
+        def follow() -> None:
+            optimizer = itself()
+            if optimizer is not None:
+                optimizer._attached()
+
+        self._curvature = Curvature(module, self._settings, self._members.present, ranks, due, follow)
         self._curvature.record_passes(any(group["piggyback"] for group in self.param_groups))
         state = self._curvature.module_state
         self._adaptive = None if self._settings.likelihood is None else AdaptiveStep(state, self._settings)
         self._hooks = weakref.finalize(self, self._curvature.close)
-        self._names = [self._curvature.names[p] for p in self._parameters()]
+        self._names = tuple(self._members.names.get(p) for p in self._listed())
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, process_group: Any = None) -> None:
         """Binds a copied or unpickled optimizer to `model`, by the names of its parameters.
 
+        Args:
+            process_group: as for `KFAC`; a copy doesn't know the group that its original was given.
+
         Raises:
-            ValueError: the model lacks one of the parameters, or has it in another shape.
+            ValueError: the model lacks one of the parameters, or has it in another shape, or the state is another's.
         """
         module = arguments.unwrapped(arguments.checked_model(model))
-        checkpoint.rebind(self, dict(module.named_parameters()), self._names)
+        if process_group is None and self._needs_group:
+            if self._ranks is None:
+                raise ValueError("the original was given a process_group; pass attach(model, process_group=...)")
+            process_group = self._ranks.named
+        ranks = Ranks(model, process_group)
+        new = checkpoint.by_name(self._listed(), self._names, module)
+        entries = [
+            (name or f"parameter {i}", new.get(p, p), self.state.get(p, {}))
+            for i, (p, name) in enumerate(zip(self._listed(), self._names, strict=True))
+        ]
+        validation.check_entries(entries, self._settings, module)
         self.close()
-        self._attach(module)
+        checkpoint.rebind(self, new)
+        self._attach(module, ranks)
         assert self._curvature is not None
         self._curvature.restore(self.state)
 
@@ -276,15 +306,47 @@ class KFAC(torch.optim.Optimizer):
                 "this KFAC has no model: it was closed, copied or unpickled, which leaves the hooks behind. "
                 "Call optimizer.attach(model)"
             )
+        self._follow(self._curvature)
         return self._curvature
 
-    def _parameters(self) -> list[nn.Parameter]:
+    def _listed(self) -> list[nn.Parameter]:
+        """The parameters of all groups."""
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """Those that belong to the model."""
+        return self._members.present
+
+    def _follow(self, curvature: Curvature) -> None:
+        """Takes in what the user changed in groups and model since the last call.
+
+        Raises:
+            ValueError: a new parameter is none of the model's.
+        """
+        before, module = self._members, curvature.module
+        if before.current(self._listed()):
+            return
+        arguments.check_whole(module)
+        replaced = before.replaced()
+        if replaced:
+            checkpoint.rebind(self, replaced)
+            names = ", ".join(before.names[p] for p in replaced)
+            log.warning("the model has new parameters in the place of %s; the optimizer goes on with those", names)
+        members = Members(module, self._listed())
+        known = {*before.listed, *replaced.values()}
+        arguments.check_parameters([p for p in members.listed if p in members.names or p not in known], module)
+        gone = [before.names[p] for p in members.listed if p in before.names and p not in members.names]
+        if gone:
+            log.info("no longer in the model, so the optimizer drops its state of them: %s", ", ".join(gone))
+        self._members, self._names = members, tuple(members.names.get(p) for p in members.listed)
+        curvature.extend(members.present, self.state, replaced, before.reshaped())
+        checkpoint.follow(self, members.present)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim; the new parameters must belong to the model."""
         if "kl_clip" in param_group and param_group["kl_clip"] is None:
             param_group["kl_clip"] = math.inf
+        groups.check_names(param_group)
         schedules.take_out(param_group)
         if "fallback_lr" in param_group:
             lr = schedules.peak(param_group if "lr" in param_group else self.defaults, "lr")
@@ -292,15 +354,14 @@ class KFAC(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            arguments.check_group(group)
-            if self._module is not None:
-                arguments.check_parameters(self._parameters(), self._module)
+            groups.check(group)
+            if self._names:
+                self._attached()
+            elif self._module is not None:  # under construction
+                arguments.check_parameters(self._listed(), self._module)
         except Exception:
             self.param_groups.pop()
             raise
-        if self._curvature is not None:
-            self._curvature.extend(self._parameters(), self.state)
-            self._names = [self._curvature.names[p] for p in self._parameters()]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim; inputs kept for a step that never came are forgotten too."""
@@ -326,10 +387,12 @@ class KFAC(torch.optim.Optimizer):
         self._count_skipped()
         for group in self.param_groups:
             schedules.apply(group)
+        self._watch.check(self.param_groups, self.defaults)
+        for group in self.param_groups:
             if group["kl_annealing"]:
                 group["peak_lr"] = schedules.larger(group["peak_lr"], group["lr"])
         adaptive = self._is_adaptive()
-        if closure is None and self.param_groups[0]["adaptive_damping"]:
+        if closure is None and self.param_groups[0]["adaptive_damping"] and not self._all_zero(self._parameters()):
             raise RuntimeError(
                 'damping="adaptive" asks for the loss again after the step: pass a closure, '
                 "optimizer.step(closure), that clears the gradients, computes the loss, calls backward and returns it"
@@ -338,7 +401,9 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 if adaptive:
-                    objective = Objective(closure, curvature.module_state, self._parameters(), self._forward_only)
+                    objective = Objective(
+                        closure, curvature.module_state, self._parameters(), curvature.ranks, self._forward_only
+                    )
                     loss = objective.call()
                 else:
                     loss = closure()
@@ -346,6 +411,7 @@ class KFAC(torch.optim.Optimizer):
         if any(p.grad is not None and p.grad.is_sparse for p in parameters):
             raise ValueError("KFAC takes no sparse gradients; build the embedding with sparse=False")
         kept = curvature.passes.take()
+        curvature.ranks.note(curvature.passes.wrapper, curvature.module)
         unscale, finite = self._scaler_state(parameters)
         if not parameters or ((adaptive or finite.device.type == "cpu") and not bool(finite)):
             curvature.forget()
@@ -358,8 +424,10 @@ class KFAC(torch.optim.Optimizer):
             return groups[id(p)]
 
         look = not kept or finite.device.type == "cpu"  # on a GPU a look waits for it
-        if look and not any(bool(p.grad.any()) for p in parameters if p.grad is not None):
+        if look and self._all_zero(parameters):
             curvature.forget()
+            if not kept and not self.state:
+                checkpoint.prepare(self, curvature, parameters)
             return loss
         if not kept:
             self._check_known(curvature, adaptive)
@@ -400,6 +468,8 @@ class KFAC(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim."""
         self._count_skipped()
+        if self._curvature is not None:
+            self._follow(self._curvature)
         return super().state_dict()
 
     def _scaler_state(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
@@ -425,6 +495,12 @@ class KFAC(torch.optim.Optimizer):
         if scale is not None:
             unscale = unscale / scale.to(device)
         return unscale, finite
+
+    @staticmethod
+    def _all_zero(parameters: list[nn.Parameter]) -> bool:
+        """Whether there are gradients and all are zero, as torch.distributed.checkpoint makes them."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        return bool(grads) and not any(bool(grad.any()) for grad in grads)
 
     def _check_repeatable(self, kept: list[Call]) -> None:
         for call in kept:
@@ -565,8 +641,10 @@ class KFAC(torch.optim.Optimizer):
         """As torch.optim; the factors keep their precision under low-precision parameters.
 
         Raises:
-            ValueError: the state belongs to another model.
+            ValueError: the state is damaged, or of another model, approximation or optimizer; nothing was changed.
         """
+        if self._curvature is not None:
+            self._follow(self._curvature)
         with self.register_load_state_dict_pre_hook(_note_loaded):
             try:
                 super().load_state_dict(state_dict)
@@ -574,15 +652,18 @@ class KFAC(torch.optim.Optimizer):
                 self._loaded = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_settings": self._settings, "_names": self._names}
+        own = {"_settings": self._settings, "_names": self._names, "_needs_group": self._needs_group}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in {**arguments.COUNTERS, "kl_annealing": False}.items():
-                group.setdefault(name, value)  # a checkpoint from before it was there
+            for name, value in validation.YOUNGER.items():
+                group.setdefault(name, value)
+        self._watch = groups.Watch()
         if self._loaded is not None:
             checkpoint.restore_dtypes(self, self._loaded)
+            self._uncounted = None
         if self._curvature is not None:
             self._curvature.record_passes(any(group["piggyback"] for group in self.param_groups))
             self._curvature.restore(self.state)
@@ -591,7 +672,7 @@ class KFAC(torch.optim.Optimizer):
 def _note_loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """The last of the hooks before loading: notes what comes in before torch casts it to the parameters' dtypes."""
     assert isinstance(optimizer, KFAC)
-    checkpoint.check_compatible(optimizer, state_dict)
+    validation.check(optimizer, state_dict, optimizer._settings, optimizer._module, optimizer._names)
     optimizer._loaded = state_dict
 
 

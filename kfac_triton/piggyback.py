@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from kfac_triton import distributed
 from kfac_triton.capture import (
     Call,
     Destination,
@@ -28,6 +27,7 @@ from kfac_triton.capture import (
     compiled_parts,
     custom_layers,
 )
+from kfac_triton.distributed import Ranks
 from kfac_triton.fisher import FisherPass, Seen, SeenUse, mixed_seed, tensor_of_outputs
 
 
@@ -70,13 +70,14 @@ class Piggyback(Listener):
         self,
         sampling: FisherPass,
         parameters: Callable[[], Iterable[nn.Parameter]],
+        ranks: Ranks,
         due: Callable[[], int | None],
         armed: bool,
     ) -> None:
         self.armed = armed
         self._layers = False
         self._sampling = sampling
-        self._parameters, self._due = parameters, due
+        self._parameters, self._ranks, self._due = parameters, ranks, due
         self._here: _Outputs | None = None
         self._counted: list[Seen] = []
 
@@ -133,7 +134,7 @@ class Piggyback(Listener):
         for c in behind:
             here.seen.unsupported.update(c.record.recorder.uses.unsupported)
         number = len(here.seen.roots) + sum(len(seen.roots) for seen in self._counted)
-        seed = mixed_seed(self._sampling.seed, update, number + (distributed.rank() << 32))
+        seed = mixed_seed(self._sampling.seed, update, number + (self._ranks.rank << 32))
         directions, valid, examples = self._sampling.directions(call.inputs, call.record.z, seed, here.seen)
         here.seen.roots.append(edge.node)
         counted = None if valid is None else valid.flatten()

@@ -16,10 +16,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import assembly, distributed, update
+from kfac_triton import assembly, update
 from kfac_triton.arguments import Settings
 from kfac_triton.capture import Inputs, ModuleState
 from kfac_triton.curvature import Curvature
+from kfac_triton.distributed import Ranks
 from kfac_triton.objective import Objective, moved
 from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
 
@@ -97,7 +98,7 @@ class Proposer:
             1.0,
         ]
         strength = {p: self._loss_scale * group_of[p]["damping"] + group_of[p]["weight_decay"] for p in natural}
-        F = self._fisher(directions, now, first["step"])
+        F = self._fisher(directions, now, first["step"], curvature.ranks)
         H = F + _gram(directions, strength)
         b = torch.stack([_inner(gradient, v, F) for v in directions])
         w, _ = minimise(H, b, fixed)
@@ -112,12 +113,12 @@ class Proposer:
             w = within(w, H, b, height) if height > 0 else w
         return Proposal(_combined(directions, w), w, w @ H @ w / 2 + b @ w, decay)
 
-    def _fisher(self, directions: list[Direction], now: Occasion, step: int) -> Tensor:
+    def _fisher(self, directions: list[Direction], now: Occasion, step: int, ranks: Ranks) -> Tensor:
         """scale v_i^T F v_j, with zeros for directions that are empty."""
         present = [i for i, v in enumerate(directions) if v]
         seed = self._seed if now.objective is None else now.objective.opening
         found = self.products.gram(now.kept, [directions[i] for i in present], seed, step)
-        distributed.average_([found])
+        ranks.average_([found])
         F = found.new_zeros(len(directions), len(directions))
         index = torch.tensor(present, device=F.device)
         F[index.unsqueeze(1), index] = found

@@ -1,14 +1,18 @@
 """Schedules over the optimizer's own steps, for `KFAC(lr=...)` and `KFAC(damping=...)`.
 
 A schedule is a frozen object: `schedule(k)` is the value of step k, which counts from 0. It lives in the parameter
-group as plain numbers, so a checkpoint takes it along; a step that is skipped does not count.
+group as plain values, so a checkpoint takes it along; a step that is skipped does not count.
+
+A subclass of `Schedule` of your own works too. Its attributes are saved, so they must be numbers, strings, or lists and
+dictionaries of these; code belongs in methods. Loading a checkpoint finds the class by its name among those defined.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +32,12 @@ class Schedule(ABC):
         """The largest value."""
 
     def as_numbers(self) -> dict[str, Any]:
-        """The schedule as a dictionary of plain values, from which `restored` makes it again."""
-        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        """The schedule as a dictionary of plain values, from which `restored` makes it again.
+
+        Raises:
+            ValueError: an attribute is no plain value.
+        """
+        return {"kind": _kind(type(self)), **{name: _plain(name, value) for name, value in vars(self).items()}}
 
 
 @dataclass(frozen=True)
@@ -141,9 +149,6 @@ class WarmUp(Schedule):
     def peak(self) -> float:
         return self.then.peak
 
-    def as_numbers(self) -> dict[str, Any]:
-        return {"kind": "WarmUp", "steps": self.steps, "then": self.then.as_numbers()}
-
 
 KINDS: dict[str, type[Schedule]] = {
     kind.__name__: kind for kind in (Constant, Linear, Exponential, Cosine, StepWise, WarmUp)
@@ -151,11 +156,64 @@ KINDS: dict[str, type[Schedule]] = {
 
 
 def restored(numbers: dict[str, Any]) -> Schedule:
-    """The schedule that `as_numbers` wrote down."""
-    values = {name: value for name, value in numbers.items() if name != "kind"}
-    if "then" in values:
-        values["then"] = restored(values["then"])
-    return KINDS[numbers["kind"]](**values)
+    """The schedule that `as_numbers` wrote down.
+
+    Raises:
+        ValueError: no schedule of its kind is defined, or its values are not those of one.
+    """
+    kind = numbers["kind"]
+    values = {name: _revived(value) for name, value in numbers.items() if name != "kind"}
+    if kind in KINDS:
+        try:
+            return KINDS[kind](**values)
+        except TypeError as error:
+            raise ValueError(f"{kind} has other values than {values!r}") from error
+    known = [cls for cls in _subclasses() if _kind(cls).rpartition(":")[2] == str(kind).rpartition(":")[2]]
+    if not known:
+        raise ValueError(f"the schedule {kind!r} is not defined; import its class before it is needed")
+    cls = next((cls for cls in known if _kind(cls) == kind), known[-1])
+    schedule = cls.__new__(cls)
+    vars(schedule).update(values)
+    return schedule
+
+
+def _kind(cls: type[Schedule]) -> str:
+    """The name of a schedule's class: that of this module's own, "module:name" for any other."""
+    return cls.__name__ if KINDS.get(cls.__name__) is cls else f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _subclasses() -> Iterator[type[Schedule]]:
+    """Every class of schedules that is defined now."""
+    frontier = Schedule.__subclasses__()
+    while frontier:
+        cls = frontier.pop(0)
+        yield cls
+        frontier += cls.__subclasses__()
+
+
+def _plain(name: str, value: Any) -> Any:
+    """What a checkpoint may hold of an attribute."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return float(value) if isinstance(value, float) else int(value)  # numpy's numbers too
+    if isinstance(value, Schedule):
+        return value.as_numbers()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(name, item) for item in value)
+    if isinstance(value, dict) and all(isinstance(key, (int, str)) for key in value):
+        return {key: _plain(name, item) for key, item in value.items()}
+    raise ValueError(
+        f"the schedule's {name} must be a number, a string, or a list or dictionary of these, since a checkpoint holds "
+        f"it; got {value!r}. Put code into methods of the class"
+    )
+
+
+def _revived(value: Any) -> Any:
+    """An attribute from what `_plain` made of it."""
+    if isinstance(value, dict):
+        return restored(value) if "kind" in value else {key: _revived(item) for key, item in value.items()}
+    return type(value)(map(_revived, value)) if isinstance(value, (list, tuple)) else value
 
 
 def stretched(numbers: dict[str, Any], ratio: float) -> dict[str, Any]:
@@ -184,8 +242,9 @@ def take_out(group: dict[str, Any]) -> None:
 def apply(group: dict[str, Any]) -> None:
     """Sets what is scheduled to its value for the group's step."""
     for name in ("lr", "damping"):
-        if group[f"{name}_schedule"] is not None:
-            group[name] = restored(group[f"{name}_schedule"])(group["step"])
+        numbers = group.get(f"{name}_schedule")
+        if numbers is not None:
+            group[name] = restored(numbers)(group["step"])
 
 
 def larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:

@@ -20,15 +20,15 @@ ROOT = Path(kfac_triton.__file__).parent
 # then of the optimizer, then of the tools around it.
 LEVELS = [
     {"kernels", "version", "likelihoods", "distributed", "schedules", "averaging", "batching", "initialisation"}
-    | {"arguments", "uncorrelated"},
-    {"ops", "damping", "tuned"},
+    | {"arguments", "uncorrelated", "membership"},
+    {"ops", "damping", "tuned", "groups"},
     {"blocks", "factors", "chain"},
     {"temporal_chain"},
     {"update", "capture"},
     {"approximations", "fisher", "piggyback", "compiled"},
     {"statistics", "expected", "quadratic", "objective", "loss_scale"},
     {"empirical", "curvature"},
-    {"assembly", "checkpoint"},
+    {"assembly", "schema", "validation", "checkpoint"},
     {"proposal"},
     {"adaptive"},
     {"optimizer"},

@@ -407,7 +407,10 @@ def trace(model: nn.Module, optimizer: KFAC) -> dict:
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("grads", ["none", "zero"])
 def test_a_fresh_optimizer_survives_a_step_without_a_pass(grads, compile):
-    """torch.distributed.checkpoint does this to make the state appear; it is no step."""
+    """torch.distributed.checkpoint does this to make the state appear; it is no step.
+
+    Without gradients nothing changes at all. With zeros the state has entries, which hold no data and do not count.
+    """
     model = network()
     optimizer = kfac(model, weight_decay=0.1, compile=compile)
     before = trace(model, optimizer)
@@ -415,7 +418,17 @@ def test_a_fresh_optimizer_survives_a_step_without_a_pass(grads, compile):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
     optimizer.step()
-    assert_same(trace(model, optimizer), before)
+    after = trace(model, optimizer)
+    assert after["model"].keys() == before["model"].keys() and optimizer.factors() == {}
+    assert_same(after["model"], before["model"])
+    assert_same(after["optimizer"]["param_groups"], before["optimizer"]["param_groups"])
+    appeared = after["optimizer"]["state"].values()
+    assert (grads == "zero") == bool(appeared)
+    assert not any(t.any() for entry in appeared for t in entry.values() if isinstance(t, torch.Tensor))
+    twin = network()
+    run(model, optimizer, 3)
+    run(twin, kfac(twin, weight_decay=0.1, compile=compile), 3)
+    assert_same(model.state_dict(), twin.state_dict())
 
 
 @pytest.mark.parametrize("interval", [1, 5])

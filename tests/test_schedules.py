@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -109,6 +112,97 @@ def test_a_scheduled_run_is_the_one_that_sets_the_numbers():
         by_hand.param_groups[0]["damping"] = Exponential(1.0, 0.01, 4)(k)
         step(twin, by_hand)
     assert torch.equal(model.weight, twin.weight)
+
+
+class Sawtooth(schedules.Schedule):
+    """A user's own: a plain class, with a list and a schedule among its attributes."""
+
+    def __init__(self, heights: list[float], period: int, shape: schedules.Schedule) -> None:
+        self.heights, self.period, self.shape = heights, period, shape
+
+    def __call__(self, step: int) -> float:
+        return self.heights[step // self.period % len(self.heights)] * self.shape(step)
+
+    @property
+    def peak(self) -> float:
+        return max(self.heights) * self.shape.peak
+
+
+@dataclass(frozen=True)
+class Inverse(schedules.Schedule):
+    start: float
+
+    def __call__(self, step: int) -> float:
+        return self.start / (step + 1)
+
+    @property
+    def peak(self) -> float:
+        return self.start
+
+
+class Cosine2(Cosine):
+    """Derived from one of ours."""
+
+    def __call__(self, step: int) -> float:
+        return super().__call__(step) ** 2
+
+
+OWN = [
+    Sawtooth([0.1, 0.2], 2, Constant(0.5)),
+    Inverse(0.1),
+    Cosine2(0.5, 0.1, 6),
+    WarmUp(3, Inverse(0.2)),
+    Inverse(np.float64(0.1)),
+]
+
+
+@pytest.mark.parametrize("schedule", OWN, ids=lambda schedule: type(schedule).__name__)
+def test_a_schedule_of_ones_own_goes_on_after_a_checkpoint(schedule):
+    """Resumed by an optimizer that was built without it: its class is found, with the numbers that were saved."""
+    optimizer = scheduled(model := nn.Linear(3, 2), lr=schedule)
+    assert [lr for lr, _ in step(model, optimizer, 4)] == [schedule(k) for k in range(4)]
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    for lr in (Constant(7.0), type(schedule)(*vars(schedule).values())):
+        resumed = scheduled(other := nn.Linear(3, 2), lr=lr)
+        resumed.load_state_dict(state)
+        assert [lr for lr, _ in step(other, resumed, 3)] == [schedule(k) for k in range(4, 7)]
+    assert optimizer.param_groups[0]["fallback_ratio"] == 0.1
+
+
+def test_a_schedule_whose_class_is_gone_is_refused():
+    optimizer = scheduled(model := nn.Linear(3, 2), lr=Inverse(0.1))
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr_schedule"]["kind"] = "elsewhere:Vanished"
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"the schedule 'elsewhere:Vanished' is not defined; import its class"):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict() == before
+    state["param_groups"][0]["lr_schedule"] = {"kind": "Linear", "start": 1.0}
+    with pytest.raises(ValueError, match=r"Linear has other values than \{'start': 1.0\}"):
+        optimizer.load_state_dict(state)
+    # The module may have another name, as that of a script that was imported this time.
+    state["param_groups"][0]["lr_schedule"] = {"kind": "__main__:Inverse", "start": 0.3}
+    optimizer.load_state_dict(state)
+    assert [lr for lr, _ in step(model, optimizer, 2)] == [0.3, 0.15]
+
+
+def test_a_schedule_that_holds_code_is_refused():
+    class ByFunction(Inverse):
+        def __init__(self) -> None:
+            object.__setattr__(self, "function", math.sin)
+
+    with pytest.raises(ValueError, match=r"the schedule's function must be a number.*Put code into methods"):
+        scheduled(nn.Linear(3, 2), lr=ByFunction())
+
+
+def test_a_schedule_that_goes_wrong_is_refused_when_it_does():
+    optimizer = scheduled(model := nn.Linear(3, 2), lr=Sawtooth([0.1, math.nan], 2, Constant(1.0)))
+    step(model, optimizer, 2)
+    with pytest.raises(ValueError, match=r"^lr must be a number >= 0.0; got nan"):
+        step(model, optimizer)
 
 
 def test_a_schedule_goes_on_after_a_checkpoint():

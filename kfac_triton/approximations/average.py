@@ -7,7 +7,7 @@ bound by the D^2 elements of F, which it reads and writes each time: on two core
 
 In the state of a weight, for its factor `A` (and `G` likewise): `A`, the average before the rows that wait; `A_rows`
 (CAPACITY, D) and `A_weights` (CAPACITY,), those rows and their weights; `A_waiting`, how many there are; `A_kept`
-(0-d), what is left of `A` itself.
+(0-d), what is left of `A` itself. The three tensors are 0 until rows wait for the first time.
 """
 
 from __future__ import annotations
@@ -69,10 +69,9 @@ def _is_thin(update: Update) -> bool:
 def _put_off_(update: Update) -> None:
     state, name, rows, alpha, beta, bias, _ = update
     F: Tensor = state[name]
-    if f"{name}_rows" not in state:
-        state[f"{name}_rows"] = F.new_zeros(CAPACITY, len(F))
-        state[f"{name}_weights"] = F.new_zeros(CAPACITY)
-        state[f"{name}_kept"] = F.new_ones(())
+    if not isinstance(state.get(f"{name}_rows"), Tensor):
+        state |= {key: F.new_zeros(shape) for key, shape in buffers(name, len(F)).items()}
+        state[f"{name}_kept"].fill_(1)
         state[f"{name}_waiting"] = 0
     held, weights, first = state[f"{name}_rows"], state[f"{name}_weights"], state[f"{name}_waiting"]
     state[f"{name}_kept"] *= beta
@@ -115,6 +114,11 @@ def _add_waiting_(averages: Sequence[tuple[Tensor, dict[str, Any], str]]) -> Non
     ops.syrk_([F for F, _, _ in averages], rows, [torch.ones_like(k) for k in kept], kept)
 
 
+def buffers(name: str, d: int) -> dict[str, tuple[int, ...]]:
+    """The tensors for the rows that wait, of a factor of width d, and their shapes."""
+    return {f"{name}_rows": (CAPACITY, d), f"{name}_weights": (CAPACITY,), f"{name}_kept": ()}
+
+
 def memory(d: int, dtype: torch.dtype) -> int:
     """Bytes for the rows of a factor (d, d) that wait, and their weights."""
     return CAPACITY * (d + 1) * dtype.itemsize
@@ -122,4 +126,8 @@ def memory(d: int, dtype: torch.dtype) -> int:
 
 def memory_held(state: dict[str, Any]) -> int:
     """What of that the state of a weight holds, for both factors."""
-    return sum(memory(state[name].shape[-1], state[name].dtype) for name in "AG" if f"{name}_rows" in state)
+    return sum(
+        memory(state[name].shape[-1], state[name].dtype)
+        for name in "AG"
+        if isinstance(state.get(f"{name}_rows"), Tensor)
+    )

@@ -23,21 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_triton import distributed, factors
+from kfac_triton import factors
 from kfac_triton.approximations import kronecker
 from kfac_triton.approximations.kronecker import FactorUpdate
 from kfac_triton.blocks.layout import Layout
+from kfac_triton.distributed import Ranks
 
 FIRST_STEPS = 12  # on the first data, where the root of a scaled identity is far from its place
 
 
-def update(updates: Sequence[tuple[FactorUpdate, Tensor, float]]) -> None:
-    """Moves the roots of many weights towards their statistics; each with its weight and damping."""
+def update(updates: Sequence[tuple[FactorUpdate, Tensor, float]], ranks: Ranks | None = None) -> None:
+    """Moves the roots of many weights towards their statistics; each with its weight and damping; the
+    statistics are averaged over `ranks`."""
     for (state, own, decay, ok), weight, damping in updates:
         k = state["factor_updates"]
         k += ok
         measured = kronecker.sums_of(own, weight)
-        distributed.average_([*measured])
+        if ranks is not None:
+            ranks.average_([*measured])
         sides = list(zip("AG", measured, kronecker.shapes(own.layout, weight.shape), strict=True))
         beta, b = factors.average_weights(k.to(measured[0].dtype), decay, ok)
         for name, F, shape in sides:

@@ -85,6 +85,8 @@ def initialise(state: dict[str, Any], weight: Tensor, layout: Layout, bias_index
     """
     for name, shape in zip("AG", layout.factor_shapes(weight.shape) if factors else (), strict=False):
         state[name] = torch.zeros(shape, dtype=factor_dtype(weight), device=weight.device)
+        if buffered(layout, name):
+            state |= {**dict.fromkeys(average.buffers(name, shape[-1]), 0), f"{name}_waiting": 0}
     state["factor_updates"] = torch.zeros((), dtype=torch.float32, device=weight.device)
     state["operation"] = OPERATIONS.index(layout.operation)
     state["groups"] = layout.groups
@@ -93,6 +95,11 @@ def initialise(state: dict[str, Any], weight: Tensor, layout: Layout, bias_index
         state[f"blocks_{side}"] = getattr(layout, f"blocks_{side}")
     state["transposed"] = int(layout.transposed)
     state["bias"] = bias_index
+
+
+def buffered(layout: Layout, name: str) -> bool:
+    """Whether rows of the factor may wait in the state for later ones."""
+    return getattr(layout, name) not in (DIAGONAL, BLOCKS) and layout.groups == 1
 
 
 def restored_layout(state: Mapping[str, Any], weight: Tensor) -> Layout:
@@ -256,7 +263,5 @@ def memory(weight: Tensor, layout: Layout) -> tuple[int, int]:
 
 def memory_of_rows(weight: Tensor, layout: Layout) -> int:
     """Bytes for the rows that wait, if a pass brings so few that they do."""
-    sides = zip(layout.factor_shapes(weight.shape), (layout.A, layout.G), strict=True) if layout.groups == 1 else ()
-    return sum(
-        average.memory(shape[-1], factor_dtype(weight)) for shape, form in sides if form not in (DIAGONAL, BLOCKS)
-    )
+    sides = zip("AG", layout.factor_shapes(weight.shape), strict=True)
+    return sum(average.memory(shape[-1], factor_dtype(weight)) for name, shape in sides if buffered(layout, name))

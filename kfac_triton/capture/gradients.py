@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 
 class Destination(Enum):
@@ -27,14 +27,12 @@ class Gradients:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters: list[nn.Parameter] = []
         self._noted: list[Mark] = []
-        self._nodes: list[Node | None] = []
         self.follow(parameters)
 
     def follow(self, parameters: Sequence[nn.Parameter]) -> None:
         """Look at these parameters from now on."""
         self.parameters = list(parameters)
         self._noted = []
-        self._nodes = []
 
     def marks(self, besides: Tensor | None = None) -> list[Mark]:
         """The mark of every gradient; None for that of the parameter `besides`."""
@@ -70,28 +68,12 @@ class Gradients:
 
     def destination(self) -> Destination:
         """In a backward pass: what becomes of the gradients of parameters, inner backward passes left out."""
-        found = self._destination()
-        if found is Destination.NOWHERE:
-            self._nodes = []  # a parameter that changed its dtype has another node
-            found = self._destination()
-        return found
-
-    def _destination(self) -> Destination:
-        for node in self._known_nodes():
-            try:
-                if torch._C._will_engine_execute_node(node):
-                    return Destination.ACCUMULATED
-            except RuntimeError:  # torch.autograd.grad with respect to this very parameter
-                return Destination.RETURNED
+        for p in self.parameters:
+            if p.requires_grad:
+                try:
+                    # asked for anew each time: a node that is held would keep the shape of a parameter that changes it
+                    if torch._C._will_engine_execute_node(get_gradient_edge(p).node):
+                        return Destination.ACCUMULATED
+                except RuntimeError:  # torch.autograd.grad with respect to this very parameter
+                    return Destination.RETURNED
         return Destination.NOWHERE
-
-    def _known_nodes(self) -> Iterator[Node]:
-        """The nodes that accumulate into the parameters, each made when it is first needed: one is often enough."""
-        if len(self._nodes) != len(self.parameters):
-            self._nodes = [None] * len(self.parameters)
-        for i, p in enumerate(self.parameters):
-            if self._nodes[i] is None and p.requires_grad:
-                self._nodes[i] = get_gradient_edge(p).node
-            node = self._nodes[i]
-            if node is not None:
-                yield node

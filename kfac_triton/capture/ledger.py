@@ -16,7 +16,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from kfac_triton.capture.hearing import Hearing
 from kfac_triton.capture.inputs import Autocast, Hooks, Inputs
 from kfac_triton.capture.patches import own_pass_running
 from kfac_triton.capture.state import ModuleState
+from kfac_triton.distributed import wrapper_in_forward
 
 log = logging.getLogger("kfac_triton")
 
@@ -65,7 +66,9 @@ class _Here(threading.local):
 class Ledger(Hooks):
     """Keeps the calls of `state.root` and its parts that made the present gradients of `parameters`.
 
-    `paused`: a backward pass of K-FAC's own runs through the user's graph, which is none of the user's.
+    `paused`: a backward pass of K-FAC's own runs through the user's graph, which is none of the user's. `wrapper`: the
+    DistributedDataParallel whose forward pass made the last call. `changed()` calls `follow` if there are other
+    parameters now.
     """
 
     def __init__(
@@ -74,11 +77,13 @@ class Ledger(Hooks):
         parameters: Sequence[nn.Parameter],
         device_types: Iterable[str],
         listener: Listener | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self.root, self._state = state.root, state
         self._device_types = tuple(sorted(set(device_types)))
         self._listener = listener or Listener()
+        self._changed = changed
         self._gradients = Gradients(parameters)
         self._here = _Here()
         self._tasks: dict[int, _Task] = {}
@@ -93,6 +98,7 @@ class Ledger(Hooks):
         self._asked = (-1, Destination.NOWHERE)
         self.incomplete = False
         self.paused = False
+        self.wrapper: nn.Module | None = None
         self._hearing = Hearing(self.root, self._before, self._after, self._accumulated)
         self._hearing.everything(parameters)
 
@@ -118,6 +124,7 @@ class Ledger(Hooks):
         if here.open and here.open[0] is module and not _calls_itself(module):
             self._leave()
         if not here.open and self._begins(module):
+            self.wrapper = wrapper_in_forward() or self.wrapper
             opening = self._state.opening(args, kwargs)
             inputs = Inputs(module, args, kwargs, self._autocast(), self._listener.begun(), opening)
             here.call = Call(inputs, ancestors_of(inputs, here.made))
@@ -173,6 +180,7 @@ class Ledger(Hooks):
 
     def _before_compiled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._counts_compiled():
+            self.wrapper = wrapper_in_forward() or self.wrapper
             received = containers_copied(args), containers_copied(kwargs)
             call = CompiledCall(module, *received, self._autocast(), self._listener.begun())
             self._compiled = (*self._compiled[1:], call)
@@ -221,7 +229,11 @@ class Ledger(Hooks):
         """In a backward pass: what becomes of the gradients of parameters."""
         number = torch._C._current_graph_task_id()
         if self._asked[0] != number:
-            self._asked = (number, self._gradients.destination())
+            found = self._gradients.destination()
+            if found is Destination.NOWHERE:  # perhaps since the user exchanged parameters
+                self._changed()
+                found = self._gradients.destination()
+            self._asked = (number, found)
         return self._asked[1]
 
     def _accumulated(self, parameter: Tensor) -> None:
