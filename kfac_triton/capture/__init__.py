@@ -5,7 +5,14 @@ own pass. `taps`: x and dL/dy in the user's own passes. `passes`: the surroundin
 """
 
 from kfac_triton.capture.inputs import Autocast, Inputs, RootInputs, sweep_inert
-from kfac_triton.capture.passes import Streams, bare_pass, changed_outputs, own_pass, uncheckpointed
+from kfac_triton.capture.passes import (
+    Streams,
+    bare_pass,
+    changed_outputs,
+    own_pass,
+    uncheckpointed,
+    watched_calls,
+)
 from kfac_triton.capture.taps import ModuleTaps, module_use
 from kfac_triton.capture.uses import MATCHERS, Recorded, Unrolled, UseRecorder, Uses, custom_layers
 
@@ -27,4 +34,5 @@ __all__ = [
     "own_pass",
     "sweep_inert",
     "uncheckpointed",
+    "watched_calls",
 ]

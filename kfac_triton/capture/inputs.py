@@ -187,6 +187,10 @@ class RootInputs(Hooks):
                 )
         return [inputs for inputs, _ in kept]
 
+    def passes(self) -> list[Inputs]:
+        """The inputs of the passes since the last call of `take`, as they stand now."""
+        return [inputs for inputs, _ in self._kept]
+
     def forget(self) -> None:
         """Drop what was kept: the user cleared the gradients or skipped the step."""
         self._kept, self._bytes = [], 0
