@@ -133,6 +133,7 @@ class FisherPass:
     seed: int
     blocks: Blocks = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
+    _outputs_checked: bool = False
 
     def run(self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, terms_per_example: int = 1) -> Seen:
         """`update`: the number of this factor update; with `seed` it decides samples, dropout and the part used.
@@ -150,6 +151,7 @@ class FisherPass:
         self, inputs: Inputs, parameters: list[nn.Parameter], update: int, seed: int, number: int, seen: Seen
     ) -> None:
         inputs, recorder, z = self._forward(inputs, parameters, update, least_examples(seen.terms_per_example))
+        self._check_outputs(z)
         terms = self.likelihood.terms_last(z.detach())
         terms = terms.float() if terms.dtype.itemsize < 4 else terms
         valid = None if self.mask is None else counted_terms(self.mask, inputs, z.detach(), terms)
@@ -177,6 +179,17 @@ class FisherPass:
         for (weight, r), gradients in zip(recorded, dys, strict=True):
             if gradients:
                 seen.uses.setdefault(weight, []).append(SeenUse(r, gradients, number, examples, counted))
+
+    def _check_outputs(self, z: Tensor) -> None:
+        """Warns where the outputs of the very first pass are probabilities; later ones would make a device wait."""
+        if not self._outputs_checked and self.likelihood.looks_like_probabilities(z):
+            self._warn(
+                "the model returns probabilities, but likelihood=%r takes logits: pass logits, without the softmax or "
+                "sigmoid, and use the loss that belongs to them (cross_entropy, binary_cross_entropy_with_logits); or "
+                "name the logits with output=",
+                self.likelihood,
+            )
+        self._outputs_checked = True
 
     def _directions(self, terms: Tensor, seed: int) -> Iterator[Tensor]:
         """What to back-propagate from the outputs `terms` (N, ..., C): the gradients of the summed nll.
