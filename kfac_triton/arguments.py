@@ -44,6 +44,7 @@ class Settings:
     max_factor_dim: int
     precision: str
     seed: int
+    check_loss_scale: bool
     compile: bool
 
     def __post_init__(self) -> None:
@@ -88,8 +89,9 @@ class Settings:
         for name, value in (("output", self.output), ("mask", self.mask)):
             if value is not None and not callable(value):
                 raise ValueError(f"{name} must be a callable or None; got {value!r}")
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"compile must be True or False; got {self.compile!r}")
+        for name, flag in (("compile", self.compile), ("check_loss_scale", self.check_loss_scale)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False; got {flag!r}")
 
     def _sharings(self) -> tuple[str, ...]:
         """Every value that weight_sharing has."""
@@ -168,8 +170,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 DEFAULT_KL_CLIP = 1e-3
 # What a group counts from the first step on: steps, loss terms of an example, the largest lr where kl_annealing is on,
-# and whether statistics come from the user's own passes.
-COUNTERS = {"step": 0, "terms_per_example": 1, "peak_lr": 0.0, "piggyback": False}
+# whether statistics come from the user's own passes; of the calibration of an adaptive damping the fewest and most
+# blocks that it saw, and its failures in a row.
+COUNTERS = {
+    "step": 0, "terms_per_example": 1, "peak_lr": 0.0, "piggyback": False,
+    "calibrated_least": 0, "calibrated_most": 0, "calibration_failures": 0,
+}  # fmt: skip
 DEFAULT_FALLBACK_LR = 1e-3  # of AdamW, where lr is a multiplier of the adaptive step length
 CALIBRATED_FROM = 0.6  # where the search for a first damping begins; the paper's start is 150
 

@@ -13,12 +13,31 @@ from typing import Any
 
 COARSE, FINE, WORTH, CALIBRATION_TRIALS = 16.0, 4.0, 1.02, 10
 AFTERWARDS = 1 / 16
+CALIBRATION_STEPS = 10  # a calibration that fails in as many steps is given up
 
 
 def factored_damping(group: dict[str, Any]) -> float:
     """What damps the factors of a group's blocks: gamma^2 where gamma is searched for, else the damping itself."""
     damping: float = group["gamma"] ** 2 if group["adaptive_damping"] else group["damping"]
     return damping
+
+
+def calibration_due(group: dict[str, Any], blocks: int) -> bool:
+    """Whether to look for a damping to start from: it suits fewer or more blocks, or none yet, than have a gradient.
+
+    Sets of blocks that come and go do not ask for it each time, only the smallest and the largest so far.
+    """
+    calibrated = group["calibrated_least"] <= blocks <= group["calibrated_most"]
+    return bool(group["calibrate_damping"]) and blocks > 0 and not calibrated
+
+
+def note_calibration(group: dict[str, Any], blocks: int, *, success: bool) -> None:
+    """Counts a calibration with `blocks` blocks, or a step that found none."""
+    group["calibration_failures"] = 0 if success else group["calibration_failures"] + 1
+    if success or group["calibration_failures"] == CALIBRATION_STEPS:
+        group["calibration_failures"] = 0
+        group["calibrated_least"] = min(group["calibrated_least"] or blocks, blocks)
+        group["calibrated_most"] = max(group["calibrated_most"], blocks)
 
 
 def reduction_ratio(change: float, predicted: float, resolution: float = 0.0) -> float:
@@ -66,8 +85,10 @@ class Adaptation:
             damping *= self.omega1
         return min(max(damping, self.least), self.most)
 
-    def calibrated(self, damping: float, reduction_at: Callable[[float], tuple[float, float]]) -> float:
+    def calibrated(self, damping: float, reduction_at: Callable[[float], tuple[float, float]]) -> float | None:
         """Where the first step should start: `reduction_at(damping)` tries one, (reduction, rho), and takes it back.
+
+        None where the model is wrong at any damping, which says nothing about the next steps.
 
         Down by COARSE for as long as the objective falls further by WORTH each time and the model keeps half of what it
         promises; up by COARSE while rho < 1/4, or while that loses no more than WORTH; FINE down or up from there. The
@@ -81,7 +102,7 @@ class Adaptation:
             best *= COARSE
             reduction, rho = reduction_at(best)
         else:
-            return min(best, self.most)
+            return None
 
         def better(candidate: float, worth: float) -> bool:
             nonlocal best, reduction

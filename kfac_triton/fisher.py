@@ -139,6 +139,7 @@ class FisherPass:
     seed: int
     blocks: Blocks = field(default_factory=dict)
     _warned: set[str] = field(default_factory=set)
+    _outputs_checked: bool = False
 
     def run(
         self,
@@ -171,6 +172,7 @@ class FisherPass:
         seen: Seen,
     ) -> None:
         inputs, recorder, z = self._forward(replay, inputs, parameters, update, least_examples(seen.terms_per_example))
+        self._check_outputs(z)
         directions, valid, examples = self.directions(inputs, z.detach(), seed, seen)
         seen.unsupported.update(recorder.uses.unsupported)
         seen.roots.append(z.grad_fn)
@@ -207,6 +209,17 @@ class FisherPass:
             for d in self._directions(terms, seed)
         ]
         return directions, valid, examples
+
+    def _check_outputs(self, z: Tensor) -> None:
+        """Warns where the outputs of the very first pass are probabilities; later ones would make a device wait."""
+        if not self._outputs_checked and self.likelihood.looks_like_probabilities(z):
+            self._warn(
+                "the model returns probabilities, but likelihood=%r takes logits: pass logits, without the softmax or "
+                "sigmoid, and use the loss that belongs to them (cross_entropy, binary_cross_entropy_with_logits); or "
+                "name the logits with output=",
+                self.likelihood,
+            )
+        self._outputs_checked = True
 
     def _directions(self, terms: Tensor, seed: int) -> Iterator[Tensor]:
         """What to back-propagate from the outputs `terms` (N, ..., C): the gradients of the summed nll.

@@ -36,6 +36,10 @@ class Likelihood(ABC):
     def _scalar(self, outputs: Tensor) -> bool:
         return outputs.dim() == 1
 
+    def looks_like_probabilities(self, outputs: Tensor) -> bool:
+        """Whether these outputs are probabilities where this likelihood takes logits."""
+        return False
+
     @abstractmethod
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean negative log-likelihood over the loss terms, in nats (0-d); constants in the targets are left out."""
@@ -53,11 +57,31 @@ class Likelihood(ABC):
         return torch.stack([(self.fisher_column(z, c) * v).sum(-1) for c in range(z.shape[-1])], dim=-1)
 
 
+def _ends_in(outputs: Tensor, *operations: str) -> bool:
+    """Whether one of the operations made the outputs, perhaps followed by casts, views and clamps."""
+    node = outputs.grad_fn
+    while node is not None:
+        if any(operation in node.name() for operation in operations):
+            return True
+        inputs = [previous for previous, _ in node.next_functions if previous is not None]
+        passes_on = any(
+            kind in node.name()
+            for kind in ("Alias", "Clamp", "Copy", "Select", "Slice", "Squeeze", "Unsqueeze", "View")
+        )
+        node = inputs[0] if passes_on and len(inputs) == 1 else None
+    return False
+
+
 class Categorical(Likelihood):
     """Class logits; targets are class indices, or probabilities of z's own shape."""
 
     def _scalar(self, outputs: Tensor) -> bool:
         return False
+
+    def looks_like_probabilities(self, outputs: Tensor) -> bool:
+        p = self.terms_last(outputs.detach())
+        in_range = bool(((p >= 0) & (p <= 1)).all()) and p.numel() > 0
+        return in_range and bool(((p.double().sum(-1) - 1).abs() < torch.finfo(p.dtype).eps ** 0.5).all())
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         last = self.terms_last(outputs)
@@ -87,6 +111,10 @@ class Categorical(Likelihood):
 
 class Bernoulli(Likelihood):
     """Logits of independent binary outputs; the nll of a term is the sum over its outputs."""
+
+    def looks_like_probabilities(self, outputs: Tensor) -> bool:
+        # Logits near 0 may all lie in (0, 1) too: only the operation that made the outputs tells.
+        return _ends_in(outputs, "Sigmoid", "Softmax") and bool(((outputs >= 0) & (outputs <= 1)).all())
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")

@@ -1,9 +1,9 @@
 """Whether loss_scale is that of the user's loss, from how the loss curves in the outputs.
 
 Under shifted outputs z + e u, the second difference of a loss c mean nll is c e^2 sum u^T H u / L, with H the Fisher of
-the outputs: their Hessian, since the likelihoods are exponential families in z (Martens 2020, section 9). The network
-has no part in it, nor have penalties on parameters; the reduction ratio of a step cannot tell a wrong scale from a
-Hessian that is not the Fisher.
+the outputs: their Hessian, since the likelihoods known by name are exponential families in z (Martens 2020, section 9).
+The network has no part in it, nor have penalties on parameters; the reduction ratio of a step cannot tell a wrong scale
+from a Hessian that is not the Fisher.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kfac_triton.capture import Inputs, changed_outputs
 from kfac_triton.fisher import tensor_of_outputs
+from kfac_triton.likelihoods import NAMES
 from kfac_triton.objective import Objective
 from kfac_triton.quadratic import FisherProducts
 
@@ -26,14 +27,19 @@ VISIBLE = 1e-4
 
 
 def check(loss_scale: float, objective: Objective, products: FisherProducts, seed: int) -> None:
-    """Raises ValueError where the loss is not loss_scale * mean nll over loss terms; the message names what it is."""
+    """Raises ValueError where the loss is not loss_scale * mean nll over loss terms; the message names what it is.
+
+    A likelihood of the user's own need not have its Fisher for the Hessian, so it is not checked.
+    """
+    if type(products.likelihood) not in NAMES.values():
+        return
     likely = _likely(objective, products, seed)
     if likely is not None and not 1 / LIMIT < likely / loss_scale < LIMIT:
         raise ValueError(
             f"loss_scale={loss_scale:g} does not fit the loss, which curves {likely / loss_scale:.3g} times as much as "
             "loss_scale * mean nll over loss terms: the step would be wrong by that factor. "
             f"Likely loss_scale={likely:.3g} (a sum over L terms: L; MSELoss on (N, C): 2/C; BCEWithLogitsLoss on "
-            "(N, C): 1/C); or the likelihood is not the loss's"
+            "(N, C): 1/C); or the likelihood is not the loss's. check_loss_scale=False turns this check off"
         )
 
 

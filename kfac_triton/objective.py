@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.capture import ModuleState, alone, backward_calls, closure_pass
+from kfac_triton.capture import ModuleState, alone, backward_calls, closure_pass, watched_calls
 from kfac_triton.distributed import Ranks
 
 
@@ -53,18 +53,50 @@ class Objective:
         """The loss that the first call returned, the mean over all ranks."""
         return self._mean(self._returned)
 
-    def loss(self) -> float:
+    def loss(self, *, moved: bool = False) -> float:
         """The loss where the parameters are now, with the random numbers of the first call, the mean over all ranks.
 
         The closure starts in the model's state of the first call. Afterwards this state is as the first call left it,
         and so are the gradients, also those of parameters of other optimizers.
+        `moved`: the parameters are elsewhere than in the first call, so that the closure must run the model again.
+
+        Raises:
+            RuntimeError: `moved`, but the closure returned the loss of its first call without running the model.
         """
+        loss = self._loss()
+        if moved and loss == self.first:
+            with watched_calls(self._state.root) as called:
+                self._loss()
+            if not called:
+                raise RuntimeError(
+                    f"{self._name} returned the same loss, {loss:g}, after the parameters had moved, and did not call "
+                    "the model. K-FAC calls the closure again to see what a step does to the loss: call the model and "
+                    "compute the loss inside the closure"
+                )
+        return loss
+
+    def _loss(self) -> float:
         if self.forward_only:
             try:
                 return self._mean(self._asked_again(backward=False))
             except Exception:  # whatever a closure does with gradients that are not there
                 self.forward_only = False
-        return self._mean(self._asked_again(backward=True))
+        try:
+            return self._mean(self._asked_again(backward=True))
+        except Exception as error:
+            sentence = (
+                f"K-FAC called {self._name} again, to see what a step does to the loss. The closure must give the loss "
+                "of the same batch every time it is called: draw the batch outside"
+            )
+            # A StopIteration would end a loop of the user's in silence; Python 3.10 has no notes.
+            if isinstance(error, StopIteration) or not hasattr(error, "add_note"):
+                raise RuntimeError(f"{sentence}. It raised {type(error).__name__}: {error}") from error
+            error.add_note(sentence)
+            raise
+
+    @property
+    def _name(self) -> str:
+        return f"the closure {getattr(self._closure, '__qualname__', repr(self._closure))}"
 
     def _asked_again(self, *, backward: bool) -> Any:
         with closure_pass(self._state, self.opening, self._leaves, backward=backward):

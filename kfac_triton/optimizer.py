@@ -59,8 +59,7 @@ class KFAC(torch.optim.Optimizer):
         weight_decay: l2 coefficient; it enters the gradient before preconditioning.
         likelihood: of the model's outputs: "categorical", "bernoulli", "gaussian" or a `Likelihood`. Not needed for
             fisher="empirical".
-        loss_scale: your loss = loss_scale * mean nll over loss terms. Read by fisher="empirical" and adaptive modes,
-            which check it in the first step that has a closure.
+        loss_scale: your loss = loss_scale * mean nll over loss terms. Read by fisher="empirical" and adaptive modes.
         output: from what the model returned to the tensor of outputs; default: the tensor itself, or its `.logits`.
         mask: (inputs, outputs) -> bool tensor of the loss terms that count, shape of the outputs less the likelihood's
             axis. `inputs` is the model's only argument, the tuple of several, or the dictionary of keyword arguments.
@@ -103,6 +102,8 @@ class KFAC(torch.optim.Optimizer):
             some CPUs do faster. "auto": "ieee"; with damping="adaptive", on a CPU with such instructions, "bf16" from
             one search for gamma to the next, where that keeps 95 % of what the quadratic model promises.
         seed: of the sampled targets.
+        check_loss_scale: adaptive modes with one of the three likelihoods by name compare loss_scale with the loss in
+            the first step that has a closure, and refuse one that is wrong. False: they take it as it is.
         compile: compile the step. Without a C++ compiler: one warning, then eager.
         tuned_for: from `load_tuned`: what the other arguments were tuned for. Another model or device: a warning.
         process_group: the `ProcessGroup` whose ranks share factors. Default: that of the model's
@@ -125,6 +126,8 @@ class KFAC(torch.optim.Optimizer):
     _last: dict[str, Any] | None = None
     _forward_only = True
     _unseen = False
+    _scaled = False  # whether the last step had a GradScaler
+    _skipped = 0
 
     def __init__(
         self,
@@ -159,6 +162,7 @@ class KFAC(torch.optim.Optimizer):
         fallback_lr: float | None = None,
         precision: str = "auto",
         seed: int = 0,
+        check_loss_scale: bool = True,
         compile: bool = True,
         tuned_for: Mapping[str, Any] | None = None,
         process_group: Any = None,
@@ -184,6 +188,7 @@ class KFAC(torch.optim.Optimizer):
             max_factor_dim=max_factor_dim,
             precision=precision,
             seed=seed,
+            check_loss_scale=check_loss_scale,
             compile=compile,
         )
         defaults = {
@@ -379,7 +384,8 @@ class KFAC(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: there are gradients, but the model was not called; or the optimizer has no model; or
-                damping="adaptive" got no closure.
+                damping="adaptive" got no closure, or one that does not run the model again; or an adaptive mode's
+                gradients are also those of passes outside the closure.
             TypeError: an adaptive mode got a closure that returns no loss.
             ValueError: loss_scale is not the loss's.
         """
@@ -397,7 +403,7 @@ class KFAC(torch.optim.Optimizer):
                 'damping="adaptive" asks for the loss again after the step: pass a closure, '
                 "optimizer.step(closure), that clears the gradients, computes the loss, calls backward and returns it"
             )
-        loss, objective = None, None
+        loss, objective, earlier = None, None, curvature.passes.pending()
         if closure is not None:
             with torch.enable_grad():
                 if adaptive:
@@ -412,11 +418,14 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError("KFAC takes no sparse gradients; build the embedding with sparse=False")
         kept = curvature.passes.take()
         curvature.ranks.note(curvature.passes.wrapper, curvature.module)
+        if objective is not None:
+            _check_passes(earlier, kept)
         unscale, finite = self._scaler_state(parameters)
-        if not parameters or ((adaptive or finite.device.type == "cpu") and not bool(finite)):
+        if not parameters:
             curvature.forget()
-            if parameters and self.param_groups[0]["adaptive_damping"] and self._adaptive is not None:
-                self._adaptive.take_back(self)
+            return loss
+        if (adaptive or finite.device.type == "cpu") and not bool(finite):
+            self._skip(curvature, objective)
             return loss
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
 
@@ -428,6 +437,9 @@ class KFAC(torch.optim.Optimizer):
             curvature.forget()
             if not kept and not self.state:
                 checkpoint.prepare(self, curvature, parameters)
+            return loss
+        if objective is not None and not math.isfinite(objective.first):
+            self._skip(curvature, objective)
             return loss
         if not kept:
             self._check_known(curvature, adaptive)
@@ -454,6 +466,24 @@ class KFAC(torch.optim.Optimizer):
         self._uncounted = None if finite.device.type == "cpu" else finite
         return loss
 
+    def _skip(self, curvature: Curvature, objective: Objective | None) -> None:
+        """No step, since a gradient or the loss is not finite; the last step is taken back where it led there."""
+        curvature.forget()
+        if objective is not None and self.param_groups[0]["adaptive_damping"]:
+            assert self._adaptive is not None
+            self._adaptive.take_back(self, objective)
+            self._forward_only = objective.forward_only
+        self._note_skipped()
+
+    def _note_skipped(self) -> None:
+        """Counts a skipped step, and warns of the first; a GradScaler skips steps to find its scale."""
+        if self._skipped == 0 and not self._scaled:
+            log.warning(
+                "a gradient or the loss is not finite, so this step is skipped. Later ones are skipped in silence; "
+                'optimizer.diagnostics()["skipped"] counts them'
+            )
+        self._skipped += 1
+
     def _is_adaptive(self) -> bool:
         first = self.param_groups[0]
         return bool(first["adaptive_lr"] or first["adaptive_momentum"] or first["adaptive_damping"])
@@ -463,6 +493,7 @@ class KFAC(torch.optim.Optimizer):
         if self._uncounted is not None and not bool(self._uncounted):
             for group in self.param_groups:
                 group["step"] -= 1
+            self._note_skipped()
         self._uncounted = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -484,6 +515,7 @@ class KFAC(torch.optim.Optimizer):
             if device.type != "cpu" or not bool(finite):
                 finite |= torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf, dtype=wide))).all()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._scaled = found_inf is not None
         if found_inf is not None:
             if scale is None and self._settings.fisher == "empirical":
                 raise RuntimeError(
@@ -624,13 +656,15 @@ class KFAC(torch.optim.Optimizer):
         "trace" and a "condition" (largest over smallest eigenvalue, inf where that is not positive). An adaptive run
         adds "loss" (None without a closure), "predicted_reduction" M(delta), "lr" alpha and "momentum" mu; in every
         fifth step "reduction" and "rho" on its own batch, in the one after it "fresh_rho", the same step's ratio on
-        the next batch (None in the others).
+        the next batch (None in the others). "predicted_reduction" is None in a step without a model. "skipped" counts
+        the steps that this optimizer did not take, since a gradient or the loss was not finite.
         """
         factors = self.factors()
         if not factors:
             return {}
         first = self.param_groups[0]
         told = self._last or {"damping": first["damping"], "gamma": factored_damping(first) ** 0.5}
+        told = {**told, "skipped": self._skipped}
         numbers: dict[str, Any] = {name: None if value is None else float(value) for name, value in told.items()}
         numbers["factors"] = {
             name: {side: factor_diagnostics(F) for side, F in pair.items()} for name, pair in factors.items()
@@ -657,7 +691,10 @@ class KFAC(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:
+        for group in self.param_groups:  # a checkpoint from before a number was there
+            if group.get("step"):  # it was calibrated once for all
+                group.setdefault("calibrated_least", 1)
+                group.setdefault("calibrated_most", len(self._listed()))
             for name, value in validation.YOUNGER.items():
                 group.setdefault(name, value)
         self._watch = groups.Watch()
@@ -667,6 +704,17 @@ class KFAC(torch.optim.Optimizer):
         if self._curvature is not None:
             self._curvature.record_passes(any(group["piggyback"] for group in self.param_groups))
             self._curvature.restore(self.state)
+
+
+def _check_passes(earlier: list[Call], kept: list[Call]) -> None:
+    """Raises RuntimeError where gradients are also those of passes that were there before the closure ran."""
+    outside = sum(call in earlier for call in kept)
+    if outside:
+        raise RuntimeError(
+            f"{outside} of the {len(kept)} passes that made these gradients ran before the closure, whose loss is that "
+            "of the others alone. Adaptive modes need one loss and its gradient: clear the gradients in the closure, "
+            "and accumulate over micro-batches inside it, returning the sum of their losses"
+        )
 
 
 def _note_loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

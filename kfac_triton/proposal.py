@@ -5,10 +5,14 @@
 alpha and mu minimise M(delta) where they are adaptive and are the groups' numbers where they are not; beyond the paper
 |mu| is at most MAX_MOMENTUM. Parameters without a block move by AdamW; the model counts their movement in, at the
 coefficient 1.
+
+Where M is not finite or cannot be computed, alpha is at most sqrt(2 kl / <V, grad>). With the factors' Fisher for the
+exact F, V^T F V <= <V, grad>, so that this bounds the KL divergence of the step (Wu et al. 2017, section 3).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -17,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import assembly, update
-from kfac_triton.arguments import Settings
+from kfac_triton.arguments import DEFAULT_KL_CLIP, Settings
 from kfac_triton.capture import Inputs, ModuleState
 from kfac_triton.curvature import Curvature
 from kfac_triton.distributed import Ranks
 from kfac_triton.objective import Objective, moved
 from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
+
+log = logging.getLogger("kfac_triton")
 
 # The last step of a few examples is mostly noise, and a longer one along it more so. With batches of 16 and no bound,
 # one of five seeds of a small ResNet and one of a transformer ended above AdamW; with this one none did.
@@ -33,21 +39,32 @@ Arguments = tuple[update.Plan, update.Hyper, update.Blocks, update.Fallback]
 
 @dataclass(frozen=True)
 class Proposal:
-    """A step: delta = sum of coefficients (alpha, mu, 1) times directions; `predicted` is M(delta), 0-d float64.
+    """A step: delta = sum of coefficients (alpha, mu, 1) times directions; `predicted` is M(delta), 0-d float64, NaN
+    where the step does without the model.
 
-    `decay` holds eta for the parameters whose weight decay is in the objective, those with a block.
+    `slope`: <grad, Delta>, 0 where no block has a gradient. `decay` holds eta for the parameters whose weight decay is
+    in the objective, those with a block.
     """
 
     delta: Direction
     coefficients: Tensor
     predicted: Tensor
+    slope: Tensor
     decay: dict[nn.Parameter, float]
+
+    @property
+    def modelled(self) -> bool:
+        return math.isfinite(float(self.predicted))
+
+    def judges_damping(self, resolution: float = 0.0) -> bool:
+        """Whether its reduction ratio can say anything about the damping: there is a model, and the blocks have a part
+        in what it promises, to first order, of more than `resolution`."""
+        return self.modelled and abs(float(self.coefficients[0] * self.slope)) > resolution
 
     @property
     def promise(self) -> float:
         """M(delta), inf where that is no number."""
-        value = float(self.predicted)
-        return value if math.isfinite(value) else math.inf
+        return float(self.predicted) if self.modelled else math.inf
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,7 @@ class Occasion:
 
 
 class Proposer:
-    """Holds no state but which way of computing J v works."""
+    """Holds no state but which way of computing J v works, and whether a missing model was reported."""
 
     def __init__(self, state: ModuleState, settings: Settings) -> None:
         assert settings.likelihood is not None
@@ -72,57 +89,107 @@ class Proposer:
         )
         self._loss_scale = settings.loss_scale
         self._seed = settings.seed
+        self._reported = False
 
     def propose(
-        self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction
+        self,
+        optimizer: torch.optim.Optimizer,
+        curvature: Curvature,
+        now: Occasion,
+        fallback: Direction,
+        distrust: str = "",
     ) -> Proposal:
-        """The step that the model of the kept inputs asks for, with the inverses as they are."""
-        plan, hyper, blocks, tensors = step_arguments(optimizer, curvature, now)
+        """The step that the model of the kept inputs asks for, with the inverses as they are.
+
+        Without a finite model, or with a reason to `distrust` it: a step along Delta that a trust region bounds, and
+        one warning.
+        """
         group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
         first = optimizer.param_groups[0]
         longest = max(float(group["lr"]) for group in optimizer.param_groups)
-        gradient, natural = _gradient_and_natural(*update.precondition(plan, hyper, blocks), plan, blocks)
-        for p, grad in zip(tensors.parameters, tensors.grads, strict=True):
-            gradient[cast(nn.Parameter, p)] = grad * hyper.unscale.to(grad)
-        for own, v in natural.items():  # an adaptive alpha would undo a factor that all share
-            lr = float(group_of[own]["lr"])
-            if lr != longest:
-                v *= lr / longest
-        last: Direction = {}
-        if first["adaptive_momentum"] or first["momentum"] != 0:
-            last = {p: optimizer.state[p]["momentum_buffer"] for p in natural}
-        directions = [natural, last, fallback]
+        gradient, directions = _gradient_and_directions(optimizer, curvature, now, fallback)
+        natural = directions[0]
         fixed = [
             None if first["adaptive_lr"] else longest,
             None if first["adaptive_momentum"] else float(first["momentum"]),
             1.0,
         ]
         strength = {p: self._loss_scale * group_of[p]["damping"] + group_of[p]["weight_decay"] for p in natural}
-        F = self._fisher(directions, now, first["step"], curvature.ranks)
+        decay = {p: group_of[p]["weight_decay"] for p in natural if group_of[p]["weight_decay"]}
+        F, reason = self._fisher(directions, now, first["step"], curvature.ranks)
+        if distrust:
+            F, reason = torch.full_like(F, math.nan), distrust
         H = F + _gram(directions, strength)
         b = torch.stack([_inner(gradient, v, F) for v in directions])
-        w, _ = minimise(H, b, fixed)
-        if first["adaptive_momentum"] and abs(float(w[1])) > MAX_MOMENTUM:
-            fixed[1] = math.copysign(MAX_MOMENTUM, float(w[1]))
-            w, _ = minimise(H, b, fixed)
+        w = _bounded_minimum(H, b, fixed)
         if first["adaptive_lr"] and longest != 1.0:
             w[0] *= longest
-        decay = {p: group_of[p]["weight_decay"] for p in natural if group_of[p]["weight_decay"]}
         if now.objective is not None:
             height = now.objective.first + float(sum(eta * _dot(p, p) for p, eta in decay.items())) / 2
             w = within(w, H, b, height) if height > 0 else w
-        return Proposal(_combined(directions, w), w, w @ H @ w / 2 + b @ w, decay)
+        predicted = w @ H @ w / 2 + b @ w
+        if not bool(torch.isfinite(predicted)):
+            self._report(reason)
+            wanted = (longest / self._loss_scale if first["adaptive_lr"] else longest, fixed[1] or 0.0)
+            return _without_model(directions, gradient, wanted, min(DEFAULT_KL_CLIP, first["kl_clip"]), decay)
+        return Proposal(_combined(directions, w), w, predicted, b[0], decay)
 
-    def _fisher(self, directions: list[Direction], now: Occasion, step: int, ranks: Ranks) -> Tensor:
-        """scale v_i^T F v_j, with zeros for directions that are empty."""
+    def _report(self, reason: str) -> None:
+        """Warns, once, that steps are taken without the model."""
+        if not self._reported:
+            self._reported = True
+            log.warning(
+                "the quadratic model of the loss %s; such steps are along the preconditioned gradient alone, with a KL "
+                "divergence of at most %g, and leave the damping as it is",
+                reason,
+                DEFAULT_KL_CLIP,
+            )
+
+    def _fisher(self, directions: list[Direction], now: Occasion, step: int, ranks: Ranks) -> tuple[Tensor, str]:
+        """scale v_i^T F v_j, with zeros for directions that are empty; and why that is not finite, if it is not."""
         present = [i for i, v in enumerate(directions) if v]
         seed = self._seed if now.objective is None else now.objective.opening
-        found = self.products.gram(now.kept, [directions[i] for i in present], seed, step)
+        reason = "is not finite"
+        try:
+            found = self.products.gram(now.kept, [directions[i] for i in present], seed, step)
+        except (RuntimeError, NotImplementedError) as error:
+            # other ranks may have found theirs: NaN makes the mean over ranks NaN on all of them
+            shape, device = (len(present), len(present)), now.finite.device
+            found = torch.full(shape, math.nan, dtype=torch.float64, device=device)
+            reason = f"cannot be computed ({str(error).split(chr(10), 1)[0]})"
         ranks.average_([found])
         F = found.new_zeros(len(directions), len(directions))
         index = torch.tensor(present, device=F.device)
         F[index.unsqueeze(1), index] = found
-        return self._loss_scale * F
+        return self._loss_scale * F, reason
+
+
+def _bounded_minimum(H: Tensor, b: Tensor, fixed: list[float | None]) -> Tensor:
+    """The coefficients that minimise M with |mu| <= MAX_MOMENTUM; those in `fixed` are given."""
+    w, _ = minimise(H, b, fixed)
+    if fixed[1] is None and abs(float(w[1])) > MAX_MOMENTUM:
+        w, _ = minimise(H, b, [fixed[0], math.copysign(MAX_MOMENTUM, float(w[1])), *fixed[2:]])
+    return w
+
+
+def _without_model(
+    directions: list[Direction],
+    gradient: Direction,
+    wanted: tuple[float, float],
+    most: float,
+    decay: dict[nn.Parameter, float],
+) -> Proposal:
+    """The step with the coefficients `wanted`, alpha cut so that alpha^2 <V, grad> / 2 <= most."""
+    natural, *others = directions
+    products = [torch.dot(gradient[p].double().flatten(), v.double().flatten()) for p, v in natural.items()]
+    slope = torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
+    alpha, mu = wanted
+    if bool(torch.isfinite(slope)):
+        alpha = min(alpha, math.sqrt(2 * most / max(-float(slope), torch.finfo(torch.float64).tiny)))
+    else:  # V itself has overflowed
+        natural, alpha = {}, 0.0
+    w = torch.tensor([alpha, mu, 1.0], dtype=torch.float64, device=slope.device)
+    return Proposal(_combined([natural, *others], w), w, torch.full_like(slope, math.nan), slope, decay)
 
 
 def fallback_direction(arguments: Arguments) -> Direction:
@@ -147,13 +214,34 @@ def reduction_of(proposal: Proposal, objective: Objective) -> float:
     """By how much the objective, weight decay included, changes along a proposal, which is not taken."""
     decay = decay_change(proposal.decay, proposal.delta)
     with moved(proposal.delta):
-        return objective.loss() + decay - objective.first
+        return objective.loss(moved=True) + decay - objective.first
 
 
 def decay_change(decay: dict[nn.Parameter, float], delta: Direction) -> float:
     """By how much eta |w|^2 / 2 changes from here along delta, over the parameters w of `decay`."""
     changes = [eta * (_dot(p, delta[p]) + _dot(delta[p], delta[p]) / 2) for p, eta in decay.items() if eta]
     return float(torch.stack(changes).sum()) if changes else 0.0
+
+
+def _gradient_and_directions(
+    optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction
+) -> tuple[Direction, list[Direction]]:
+    """The gradient of the objective, and the directions Delta, delta_0 and `fallback`."""
+    plan, hyper, blocks, tensors = step_arguments(optimizer, curvature, now)
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    first = optimizer.param_groups[0]
+    longest = max(float(group["lr"]) for group in optimizer.param_groups)
+    gradient, natural = _gradient_and_natural(*update.precondition(plan, hyper, blocks), plan, blocks)
+    for p, grad in zip(tensors.parameters, tensors.grads, strict=True):
+        gradient[cast(nn.Parameter, p)] = grad * hyper.unscale.to(grad)
+    for own, v in natural.items():  # an adaptive alpha would undo a factor that all share
+        lr = float(group_of[own]["lr"])
+        if lr != longest:
+            v *= lr / longest
+    last: Direction = {}
+    if first["adaptive_momentum"] or first["momentum"] != 0:
+        last = {p: optimizer.state[p]["momentum_buffer"] for p in natural}
+    return gradient, [natural, last, fallback]
 
 
 def _gradient_and_natural(

@@ -32,6 +32,7 @@ Outputs = Callable[[tuple[Tensor, ...]], Tensor]
 Products = tuple[Tensor, Tensor]  # the outputs z, and J v of every direction (k, *z)
 
 MIN_EXAMPLES = 128  # with fewer, one hard example outside the part makes a step many times too long
+ADJOINT = 0.05  # of |J v|: a larger error of <u, J v>, u of unit variance, is no rounding error
 DEPENDENT = 1e-10  # a smaller eigenvalue of unit curvatures means that the directions are one
 
 
@@ -59,16 +60,30 @@ def _one_by_one(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tup
 
 
 def _by_double_backward(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
-    """The same with J v as the gradient of u -> <J^T u, v>, for functions without forward-mode derivatives."""
+    """The same with J v as the gradient of u -> <J^T u, v>, for functions without forward-mode derivatives.
+
+    Raises:
+        NotImplementedError: J v is not that, since an operation has no second derivative. Torch may say nothing and
+            leave its part out; but <u, J v> = <J^T u, v> for any u.
+    """
     with torch.enable_grad():
         leaves = tuple(value.clone().requires_grad_() for value in values)
         z = outputs(leaves)
-        u = torch.zeros_like(z, requires_grad=True)
+        u = torch.randn_like(z, requires_grad=True)
         pulled = torch.autograd.grad(z, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
     moved = [(g, i) for i, g in enumerate(pulled) if g.requires_grad]
-    products = [
-        torch.autograd.grad([g for g, _ in moved], u, [v[i] for _, i in moved], retain_graph=True)[0] for v in tangents
-    ]
+    products = []
+    for v in tangents:
+        with_u = torch.autograd.grad(
+            [g for g, _ in moved], u, [v[i] for _, i in moved], retain_graph=True, materialize_grads=True
+        )
+        products.append(with_u[0])
+        expected = [(g.detach().double() * t.double()).sum() for g, t in zip(pulled, v, strict=True)]
+        lengths = [g.detach().double().norm() * t.double().norm() for g, t in zip(pulled, v, strict=True)]
+        rounding = 100 * torch.finfo(z.dtype).eps * torch.stack(lengths).sum()
+        error = (torch.stack(expected).sum() - (u.detach().double() * products[-1].double()).sum()).abs()
+        if bool(error > ADJOINT * products[-1].double().norm() + rounding):
+            raise NotImplementedError("an operation of the model has no second derivative")
     return z.detach(), torch.stack(products)
 
 
@@ -158,14 +173,18 @@ class FisherProducts:
             return tensor_of_outputs(returned, self.output)
 
         values = tuple(p.detach() for p in moving)
-        while True:
+        while self._way < len(WAYS):
             try:
                 return WAYS[self._way](outputs, values, tangents)
-            except (RuntimeError, NotImplementedError) as error:
-                if self._way + 1 == len(WAYS):
+            except RuntimeError as error:
+                last = self._way + 1 == len(WAYS)
+                if last and not isinstance(error, NotImplementedError):
                     raise
                 self._way += 1
+                if last:
+                    raise
                 log.info("the quadratic model's products take another way: %s", str(error).split("\n", 1)[0])
+        raise NotImplementedError("no way of differentiating the model along a direction works")
 
 
 def minimise(H: Tensor, b: Tensor, fixed: Sequence[float | None]) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,7 @@ NUMBERS = [math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]]
         ("seed", [math.nan, "0", None, True, -1, 0.5], "integer >= 0"),
         ("output", [0, "logits"], "callable"),
         ("mask", [0, torch.ones(2, dtype=torch.bool)], "callable"),
+        ("check_loss_scale", [None, 1, "yes"], "True or False"),
         ("compile", [None, 1, "yes"], "True or False"),
     ],
 )

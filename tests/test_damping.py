@@ -6,7 +6,14 @@ import math
 
 import pytest
 
-from kfac_triton.damping import Adaptation, factored_damping, reduction_ratio
+from kfac_triton.damping import (
+    CALIBRATION_STEPS,
+    Adaptation,
+    calibration_due,
+    factored_damping,
+    note_calibration,
+    reduction_ratio,
+)
 
 INF = math.inf
 
@@ -141,8 +148,34 @@ def test_the_search_for_a_start_ends():
     assert found == pytest.approx(16.0**-11 / 4)
 
 
-def test_a_model_that_is_wrong_at_any_damping_starts_with_the_most():
-    assert Adaptation(most=1e6).calibrated(1.0, lambda damping: (1.0, -INF)) == 1e6
+def test_a_model_that_is_wrong_at_any_damping_tells_nothing_of_where_to_start():
+    assert Adaptation(most=1e6).calibrated(1.0, lambda damping: (1.0, -INF)) is None
+
+
+def test_when_a_calibration_is_due():
+    """For the first blocks with a gradient, then for fewer or more than ever before; never for an initial damping."""
+    group = {"calibrate_damping": True, "calibrated_least": 0, "calibrated_most": 0, "calibration_failures": 0}
+    for blocks, due in (
+        (0, False),
+        (4, True),
+        (4, False),
+        (6, True),
+        (5, False),
+        (2, True),
+        (3, False),
+        (0, False),
+        (7, True),
+    ):
+        assert calibration_due(group, blocks) is due
+        if due:
+            note_calibration(group, blocks, success=True)
+    assert not calibration_due({**group, "calibrate_damping": False}, 9)
+    for failures in range(1, CALIBRATION_STEPS + 1):
+        assert calibration_due(group, 9)
+        note_calibration(group, 9, success=False)
+        assert group["calibration_failures"] == failures % CALIBRATION_STEPS
+    assert not calibration_due(group, 9)
+    assert (group["calibrated_least"], group["calibrated_most"]) == (2, 9)
 
 
 def test_gammas():

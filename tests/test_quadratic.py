@@ -306,3 +306,52 @@ def test_a_part_of_the_batch_for_the_products():
     dense.assert_exact(part.gram(kept(model, x), vs, 0, update=2), dense.gram(model, x[300:450], vs, "gaussian"))
     dense.assert_exact(part.gram(kept(model, x[:200]), vs, 0), dense.gram(model, x[:128], vs, "gaussian"))
     dense.assert_exact(part.gram(kept(model, x[:100]), vs, 0), dense.gram(model, x[:100], vs, "gaussian"))
+
+
+# Products by two backward passes, where torch leaves a part out in silence.
+
+
+class Once(torch.autograd.Function):
+    """tanh with a backward pass that can't be differentiated, and says so only where the gradient is needed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y * y)
+
+
+class Unfollowed(Once):
+    """A backward pass that autograd does not follow, as those of fused kernels."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return (grad.detach() * (1 - y * y)).detach()
+
+
+@pytest.mark.parametrize("function", [Once, Unfollowed, None])
+def test_a_second_derivative_that_torch_leaves_out_is_noticed(function):
+    """By <u, J v> = <J^T u, v> with random u, so nearly always; and never where the products are right."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    values = (torch.randn(8, 6), torch.randn(3, 8))
+
+    def outputs(moving: tuple[Tensor, ...]) -> Tensor:
+        h = x @ moving[0].T
+        return (torch.tanh(h) if function is None else function.apply(h)) @ moving[1].T
+
+    refused = 0
+    for _ in range(50):
+        direction = tuple(torch.randn_like(value) for value in values)
+        try:
+            quadratic._by_double_backward(outputs, values, [direction])
+        except NotImplementedError:
+            refused += 1
+    assert refused == 0 if function is None else refused > 45

@@ -11,7 +11,7 @@ from kfac_triton.capture.compiled_calls import compiled_parts
 from kfac_triton.capture.gradients import Destination
 from kfac_triton.capture.inputs import Autocast, Inputs, sweep_inert
 from kfac_triton.capture.ledger import Ledger
-from kfac_triton.capture.passes import bare_pass, changed_outputs, closure_pass
+from kfac_triton.capture.passes import bare_pass, changed_outputs, closure_pass, watched_calls
 from kfac_triton.capture.patches import alone, backward_calls, uncheckpointed
 from kfac_triton.capture.replay import Replay
 from kfac_triton.capture.state import ModuleState, Opening
@@ -44,4 +44,5 @@ __all__ = [
     "module_use",
     "sweep_inert",
     "uncheckpointed",
+    "watched_calls",
 ]

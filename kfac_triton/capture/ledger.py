@@ -295,9 +295,9 @@ class Ledger(Hooks):
         task = self._tasks.get(torch._C._current_graph_task_id())
         return [] if task is None else task.calls
 
-    def count(self) -> int:
-        """How many calls made the present gradients."""
-        return len(self._pending)
+    def pending(self) -> list[Call]:
+        """The calls that made the present gradients so far."""
+        return list(self._pending)
 
     def forget(self) -> None:
         """Drop what was kept: its gradients were cleared, or the step is skipped."""

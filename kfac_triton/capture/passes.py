@@ -80,6 +80,19 @@ def changed_outputs(module: nn.Module, change: Callable[[Inputs, Any], Any]) -> 
 
 
 @contextmanager
+def watched_calls(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """In here the list gains every part of `module` that is called, in compiled models too, which run eagerly."""
+    called: list[nn.Module] = []
+    handles = [part.register_forward_pre_hook(lambda part, args: called.append(part)) for part in module.modules()]
+    try:
+        with eager():
+            yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def _autocast(states: tuple[Autocast, ...]) -> Iterator[None]:
     if not states:
         yield
