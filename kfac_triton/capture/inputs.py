@@ -151,13 +151,10 @@ class RootInputs(Hooks):
             self._untracked.append(inputs)
 
     def _after_backward(self, parameter: Tensor) -> None:
-        if own_pass_running():
-            self.drop_compiled()
-        else:
-            self._flush()
+        self._flush()
 
     def drop_compiled(self) -> None:
-        """Forgets the pass of compiled code that was noted last: it was K-FAC's own."""
+        """Forgets the last pass of compiled code: it was K-FAC's own."""
         self._compiled = None
 
     def _flush(self) -> None:
