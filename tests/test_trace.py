@@ -8,6 +8,7 @@ import logging
 import random
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -600,6 +601,33 @@ def test_attributes_of_every_kind_do_no_harm(form):
     assert all(vars(model)[name] is value for name, value in before.items())
 
 
+def test_buffers_of_a_traced_model_stay():
+    x, y = data()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.jit.trace(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), x)
+    before = int(dict(model.named_buffers())["1.num_batches_tracked"])
+    optimizer = optimizer_of("plain", model)
+    for _ in range(3):
+        train_step(optimizer, model, x, y)
+    assert int(dict(model.named_buffers())["1.num_batches_tracked"]) == before + 3
+
+
+def test_passes_inside_functional_transformations_are_left_alone():
+    x, y = data()
+    model = mlp()
+    optimizer = optimizer_of("plain", model, lr=0.0)
+
+    def loss(parameters: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (a[None],)), b[None])
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    for _ in range(2):
+        torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, 100 * x, y)
+        train_step(optimizer, model, x, y)
+    torch.testing.assert_close(optimizer.factors()["0"]["A"], second_moment(x))
+
+
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
@@ -1072,6 +1100,19 @@ def test_threads_with_dropout_all_arrive(form, eager_switches):
     for t in threads:
         t.join()
     assert arrived == [True] * 3
+
+
+def test_with_a_process_wide_stance_threads_exclude_each_other(monkeypatch, eager_switches):
+    """As before torch 2.14: afterwards the compiler has its own stance again, whoever left first."""
+    frames = pytest.importorskip("torch._dynamo.eval_frame")
+    monkeypatch.delattr(frames, "_use_eager_on_nested_compile", raising=False)
+    models = [built("mlp", i) for i in range(3)]
+    threads = [threading.Thread(target=trained, args=("plain", i, models[i])) for i in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert frames._stance.stance == "default"
 
 
 PATCHED = [

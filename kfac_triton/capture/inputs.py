@@ -124,8 +124,8 @@ class RootInputs(Hooks):
         if self.inert or not module.training or not torch.is_grad_enabled():
             return
         compiling = torch.compiler.is_compiling()  # compiled code would keep the answer for this thread
-        if not compiling and own_pass_running():
-            return
+        if not compiling and (own_pass_running() or torch._C._functorch.peek_interpreter_stack() is not None):
+            return  # functional transformations fill no `.grad`
         autocast = tuple(
             Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in self._device_types

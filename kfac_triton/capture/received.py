@@ -49,7 +49,10 @@ def fresh(arguments: Arguments) -> Arguments:
 def _fresh(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    copied = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    copied = leaf.detach().clone()
+    if not leaf.requires_grad:
+        return copied
+    copied.requires_grad_()
     return copied if leaf.is_leaf else copied.clone()  # forward may write to what is no leaf
 
 
