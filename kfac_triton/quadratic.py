@@ -29,6 +29,7 @@ log = logging.getLogger("kfac_triton")
 
 Direction = dict[nn.Parameter, Tensor]
 Outputs = Callable[[tuple[Tensor, ...]], Tensor]
+Begin = Callable[[], Outputs]  # puts the module where the pass begins; the outputs, once, as a function of parameters
 Products = tuple[Tensor, Tensor]  # the outputs z, and J v of every direction (k, *z)
 
 MIN_EXAMPLES = 128  # with fewer, one hard example outside the part makes a step many times too long
@@ -36,8 +37,9 @@ ADJOINT = 0.05  # of |J v|: a larger error of <u, J v>, u of unit variance, is n
 DEPENDENT = 1e-10  # a smaller eigenvalue of unit curvatures means that the directions are one
 
 
-def _all_at_once(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
+def _all_at_once(begin: Begin, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
     """The outputs z, and J v of every direction, in one pass."""
+    outputs = begin()
     stacked = tuple(torch.stack(parts) for parts in zip(*tangents, strict=True))
 
     def both(*v: Tensor) -> Any:
@@ -48,10 +50,11 @@ def _all_at_once(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tu
     return found
 
 
-def _one_by_one(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
+def _one_by_one(begin: Begin, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
     """The same in a pass for each direction, free of what vmap forbids, such as writing to a buffer."""
     products = []
     for v in tangents:
+        outputs = begin()
         with forward_ad.dual_level():
             z = outputs(tuple(forward_ad.make_dual(*pair) for pair in zip(values, v, strict=True)))
             primal, tangent = forward_ad.unpack_dual(z)
@@ -59,7 +62,7 @@ def _one_by_one(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tup
     return primal, torch.stack(products)
 
 
-def _by_double_backward(outputs: Outputs, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
+def _by_double_backward(begin: Begin, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
     """The same with J v as the gradient of u -> <J^T u, v>, for functions without forward-mode derivatives.
 
     Raises:
@@ -68,7 +71,7 @@ def _by_double_backward(outputs: Outputs, values: tuple[Tensor, ...], tangents: 
     """
     with torch.enable_grad():
         leaves = tuple(value.clone().requires_grad_() for value in values)
-        z = outputs(leaves)
+        z = begin()(leaves)
         u = torch.randn_like(z, requires_grad=True)
         pulled = torch.autograd.grad(z, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
     moved = [(g, i) for i, g in enumerate(pulled) if g.requires_grad]
@@ -165,17 +168,20 @@ class FisherProducts:
     ) -> tuple[Tensor, Tensor]:
         names = {p: name for name, p in inputs.module.named_parameters()}
 
-        def outputs(values: tuple[Tensor, ...]) -> Tensor:
-            replaced = {names[p]: value for p, value in zip(moving, values, strict=True) if p in names}
+        def begin() -> Outputs:
             args, kwargs = replay.start(inputs.args, inputs.kwargs)
             use_batch_statistics(inputs.module)
-            returned = functional_call(inputs.module, replaced, args, kwargs)
-            return tensor_of_outputs(returned, self.output)
+
+            def outputs(values: tuple[Tensor, ...]) -> Tensor:
+                replaced = {names[p]: value for p, value in zip(moving, values, strict=True) if p in names}
+                return tensor_of_outputs(functional_call(inputs.module, replaced, args, kwargs), self.output)
+
+            return outputs
 
         values = tuple(p.detach() for p in moving)
         while self._way < len(WAYS):
             try:
-                return WAYS[self._way](outputs, values, tangents)
+                return WAYS[self._way](begin, values, tangents)
             except RuntimeError as error:
                 last = self._way + 1 == len(WAYS)
                 if last and not isinstance(error, NotImplementedError):

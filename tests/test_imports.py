@@ -172,6 +172,7 @@ HOOKS = (
             lambda name: "torch.distributed" in ast.unparse(TREES[name]).replace("torch.distributed.checkpoint", ""),
             {"distributed"},
         ),
+        ("no part of the optimizer uses unittest.mock", lambda name: imports_package(name, "unittest"), {"tuning"}),
         ("only tuning imports optuna", lambda name: imports_package(name, "optuna"), {"tuning"}),
         (
             "only reports import matplotlib",

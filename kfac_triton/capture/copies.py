@@ -82,9 +82,9 @@ class Copies:
         return _alike(copied, value, same, attributes_of)
 
     def _copy(self, value: Any, depth: int) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
         try:
-            if isinstance(value, Tensor):
-                return self._tensor(value)
             if isinstance(value, (list, dict, set, deque, bytearray)):
                 return self._container(value, depth)
             if isinstance(value, tuple):
@@ -119,17 +119,18 @@ class Copies:
     def _tensor(self, t: Tensor) -> Tensor:
         storage = storage_of(t)
         size = 0 if storage is None else t.untyped_storage().nbytes()
-        if type(t) is not Tensor or storage in self._kept or min(size, t.nbytes) > self._limit:
+        elsewhere = type(t) is not Tensor or t.is_nested or storage is None or storage in self._kept
+        if elsewhere or min(size, t.nbytes) > self._limit:
             copied = t
-        elif storage is None or size > self._limit or t.is_conj() or t.is_neg() or t.is_quantized:
+        elif size > self._limit or t.is_conj() or t.is_neg() or t.is_quantized:
             copied = t.detach().clone()
         else:
             if storage not in self._storages:
                 self._storages[storage] = t.untyped_storage().clone()
             place = (t.storage_offset(), t.size(), t.stride())
             copied = torch.empty(0, dtype=t.dtype, device=t.device).set_(self._storages[storage], *place)
-        if copied is not t:
-            copied.requires_grad_(t.requires_grad)
+        if copied is not t and t.requires_grad:
+            copied.requires_grad_()
         self._originals[id(copied)] = (t, _version(copied))
         return copied
 

@@ -1,10 +1,10 @@
 """Everything that K-FAC changes in torch while it runs: per thread, and only while a thread asks for it.
 
 What remains process-wide is torch's own: its global random number generators, and its level of forward-mode
-differentiation. K-FAC's passes that need one of these exclude each other by `ALONE`. A thread of the user's that draws
-from torch's global generator while K-FAC replays a model that draws from it too may see other numbers than alone; one
-that uses forward-mode differentiation at the same time as an adaptive step is refused by torch. Before torch 2.14 the
-same lock guards the compiler's stance.
+differentiation. K-FAC's passes that need one of these, and closures of adaptive steps that draw random numbers, exclude
+each other by `ALONE`. A thread of the user's that draws from torch's global generator while K-FAC replays a model that
+draws from it too may see other numbers than alone; one that uses forward-mode differentiation during an adaptive step
+is refused by torch. Before torch 2.14 the same lock guards the compiler's stance.
 """
 
 from __future__ import annotations

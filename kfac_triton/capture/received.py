@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -14,17 +14,22 @@ class Received:
     """Arguments of a call at the moment it begins; `copied`: with copies of the tensors, as it may write to them."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, copied: bool) -> None:
-        tensors_alone = not kwargs and all(type(a) is Tensor for a in args)
         self._structure: TreeSpec | None = None
         self._leaves: list[Any] = list(args)
-        if not tensors_alone:
+        self._objects: list[Any] = []
+        if kwargs or not all(type(a) is Tensor for a in args):
             self._leaves, self._structure = tree_flatten((args, kwargs))
-        self._versions = _versions(self._leaves)
-        self._copies = [fresh(leaf, copied=True) for leaf in self._leaves] if copied else None
+            self._objects = [x for x in self._leaves if not isinstance(x, Tensor) and hasattr(x, "__dict__")]
+        self._versions, self._contents = _versions(self._leaves), _contents(self._objects)
+        self._copies = [_fresh(leaf) for leaf in self._leaves] if copied else None
 
     def written(self) -> bool:
         """Whether a tensor among them was written to since."""
         return _versions(self._leaves) != self._versions
+
+    def lost(self) -> bool:
+        """Whether there is no copy of a tensor that was written to: objects of no known kind are not copied."""
+        return (self._copies is None and self.written()) or _contents(self._objects) != self._contents
 
     def arguments(self, *, copies: bool = False) -> Arguments:
         """(args, kwargs) in containers of their own; with `copies`, the tensors as they were."""
@@ -34,18 +39,30 @@ class Received:
         args, kwargs = tree_unflatten(leaves, self._structure)
         return args, kwargs
 
-    @property
-    def copied(self) -> bool:
-        return self._copies is not None
+
+def fresh(arguments: Arguments) -> Arguments:
+    """Arguments in containers of their own, with copies of the tensors, which require gradients as these do."""
+    copied: Arguments = tree_map(_fresh, arguments)
+    return copied
 
 
-def fresh(leaf: Any, *, copied: bool) -> Any:
-    """A tensor without the graph behind it, requiring a gradient as before; `copied`: in memory of its own."""
+def _fresh(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    detached = leaf.detach().clone() if copied else leaf.detach()
-    return detached.requires_grad_(leaf.requires_grad) if leaf.requires_grad else detached
+    copied = leaf.detach().clone()
+    if not leaf.requires_grad:
+        return copied
+    copied.requires_grad_()
+    return copied if leaf.is_leaf else copied.clone()  # forward may write to what is no leaf
 
 
 def _versions(leaves: list[Any]) -> list[int]:
     return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def _contents(objects: list[Any]) -> list[tuple[str, int, int]]:
+    """Name, identity and version of the tensors in the attributes of objects."""
+    if not objects:
+        return []
+    held = [(name, value) for one in objects for name, value in vars(one).items() if isinstance(value, Tensor)]
+    return [(name, id(value), -1 if value.is_inference() else value._version) for name, value in held]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from kfac_triton.capture.copies import PLAIN, Copies
 from kfac_triton.capture.owners import INTERNAL, Owner, restore
@@ -23,6 +22,10 @@ from kfac_triton.capture.received import Arguments, Received, fresh
 from kfac_triton.capture.state import MISSING, SMALL, ModuleState, Opening
 
 MOST_TRAINED = 2**30  # bytes of trained parameters that are copied to find out that no forward pass writes to them
+_LOST = (
+    "the forward pass of {} writes to its input in place, and K-FAC has no copy of what came in; pass a copy of the "
+    "input to the model"
+)
 RESCALED = {"rtol": 1e-4, "atol": 1e-6}  # how little a weight changes that a bound on its norm rescales once more
 
 
@@ -34,13 +37,10 @@ def replayed(state: ModuleState, opening: Opening | None, seed: int | None) -> I
     they were when the user's pass began.
 
     Raises:
-        RuntimeError: the forward pass writes to a trained parameter, or the input of the user's pass is lost.
+        RuntimeError: the forward pass writes to a trained parameter, or it wrote to the input of the user's pass.
     """
     if opening is not None and opening.lost:
-        raise RuntimeError(
-            f"the forward pass of {type(state.root).__name__} wrote to its input in place, as no pass before did, so "
-            "K-FAC has lost that input; pass a copy of it to the model"
-        )
+        raise RuntimeError(_LOST.format(type(state.root).__name__))
     state.refresh()
     replay = Replay(state, opening, seed)
     try:
@@ -51,6 +51,8 @@ def replayed(state: ModuleState, opening: Opening | None, seed: int | None) -> I
         replay.learn()
     finally:
         rewritten = replay.put_back()
+    if opening is None and replay.wrote_input:
+        raise RuntimeError(_LOST.format(type(state.root).__name__))
     if rewritten is not None:
         name = next(name for name, p in state.root.named_parameters() if p is rewritten)
         raise RuntimeError(
@@ -70,7 +72,7 @@ class Replay:
         ]
         self._objects: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # id(vars(one)) -> (vars(one), a copy)
         self._copies = Copies(state.storages, SMALL)
-        self._received = Received((), {}, copied=False)
+        self._received, self.wrote_input = Received((), {}, copied=False), False
         self._scripted = [
             (b, b.clone()) for m in state.modules if not isinstance(m._buffers, dict) for b in m.buffers(recurse=False)
         ]
@@ -92,9 +94,8 @@ class Replay:
         if self._opening is not None:
             self._place_opening(self._opening)
         self._draws.start()
-        self._received = Received(args, kwargs or {}, copied=False)
-        copied = self._state.writes_inputs
-        arguments: Arguments = tree_map(lambda leaf: fresh(leaf, copied=copied), (args, kwargs or {}))
+        arguments = fresh((args, kwargs or {}))
+        self._received = Received(*arguments, copied=False)
         return arguments
 
     def learn(self) -> None:
@@ -115,15 +116,14 @@ class Replay:
                 self._warn_of_write(one.name)
         if self._opening is None and state.changing():
             state.warn(
-                "the forward pass of %s changes %s, and compiled code does not show where a pass begins, so K-FAC's "
-                "statistics start from the state after it. Train the model without torch.compile, or keep that state "
-                "outside of it",
+                "the forward pass of %s changes %s, and compiled code does not show where a pass begins: the "
+                "statistics are those of the state after it. Train the model without torch.compile, or keep the state "
+                "outside of the model",
                 type(state.root).__name__,
                 ", ".join(sorted({name for _, name in state.changing()})),
             )
-        if self._received.written():
-            state.writes_inputs = True
-            self._warn_of_write("its input")
+        self.wrote_input = self._received.written()
+        state.writes_inputs |= self.wrote_input
 
     def put_back(self) -> nn.Parameter | None:
         """Makes everything as it was. Returns a trained parameter to which the pass wrote, if there is one."""

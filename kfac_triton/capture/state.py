@@ -38,7 +38,7 @@ class Opening:
     """Where a forward pass began: `attributes` (owner, name, copy), the modules' training flags, generators.
 
     `drew`: whether torch's global generators moved in the pass; None until it returned. `lost`: the pass wrote to a
-    tensor that it received, as none before did, so that there is no copy.
+    tensor that it received, and there is no copy.
     """
 
     def __init__(self, copies: Copies, received: Received, modules: list[nn.Module], device: torch.device) -> None:
@@ -141,7 +141,7 @@ class ModuleState:
             if p._version != version:
                 self.learn(place, name)
         written = opening.received.written()
-        opening.lost = written and not opening.received.copied
+        opening.lost = opening.received.lost()
         self.writes_inputs |= written
         return opening.received.arguments(copies=written)
 
