@@ -15,6 +15,7 @@ from kfac_triton.arguments import Settings
 from kfac_triton.curvature import Curvature
 from kfac_triton.damping import Adaptation, factored_damping, reduction_ratio
 from kfac_triton.objective import Objective, move_, moved
+from kfac_triton.parts import Parts
 from kfac_triton.proposal import (
     Occasion,
     Proposal,
@@ -47,8 +48,8 @@ class Candidate:
 class AdaptiveStep:
     """Steps by the quadratic model. Holds no state of its own: numbers live in the groups."""
 
-    def __init__(self, module: nn.Module, settings: Settings) -> None:
-        self._proposer = Proposer(module, settings)
+    def __init__(self, module: nn.Module, settings: Settings, parts: Parts) -> None:
+        self._proposer = Proposer(module, settings, parts)
         self._loss_scale = settings.loss_scale
         self._seed = settings.seed
         self._adaptation = Adaptation()
@@ -59,6 +60,8 @@ class AdaptiveStep:
         Raises:
             ValueError: in the first step, with a closure: loss_scale does not fit the loss.
         """
+        if not curvature.blocks:
+            return self._without_blocks(optimizer, curvature, now)
         groups = optimizer.param_groups
         first, step, objective = groups[0], groups[0]["step"], now.objective
         if step == 0 and objective is not None:
@@ -93,6 +96,14 @@ class AdaptiveStep:
                 if "momentum_buffer" in optimizer.state[p]:
                     optimizer.state[p]["momentum_buffer"] = proposal.delta[p]
         return report
+
+    def _without_blocks(self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion) -> dict[str, Any]:
+        """A step of AdamW alone, of which the quadratic model has nothing to say."""
+        move_(fallback_direction(step_arguments(optimizer, curvature, now)))
+        for group in optimizer.param_groups:
+            group["step"] += 1
+        first = optimizer.param_groups[0]
+        return {"damping": first["damping"], "gamma": factored_damping(first) ** 0.5}
 
     def _check(
         self, optimizer: torch.optim.Optimizer, proposal: Proposal, objective: Objective | None

@@ -23,6 +23,7 @@ from kfac_triton.damping import factored_damping
 from kfac_triton.empirical import EmpiricalSums
 from kfac_triton.expected import expected_uses
 from kfac_triton.fisher import FisherPass, Seen
+from kfac_triton.parts import Parts
 from kfac_triton.statistics import block_layout, joint_biases, layout_of, sharing_of, weight_statistics
 
 log = logging.getLogger("kfac_triton")
@@ -52,6 +53,7 @@ class Curvature:
         self.names = {p: name for name, p in module.named_parameters()}
         self.parameters = parameters
         self.observed = False
+        self.parts = Parts()
         self._pass: FisherPass | None = None
         self._sums: EmpiricalSums | None = None
         self._said: set[str] = set()
@@ -60,7 +62,10 @@ class Curvature:
         self._suspects: list[tuple[nn.Parameter, Tensor]] = []
         self._unmeasured: list[kronecker.FactorUpdate] = []
         check_sharing(settings.weight_sharing, self.names.values())
-        if settings.fisher == "empirical":
+        self.scripted = isinstance(module, torch.jit.ScriptModule)  # it takes no hooks and hides its functions
+        if self.scripted:
+            pass
+        elif settings.fisher == "empirical":
             self._sums = EmpiricalSums(module, parameters, settings)
         elif settings.likelihood is not None:
             self._pass = FisherPass(
@@ -72,10 +77,12 @@ class Curvature:
                 settings.factor_fraction,
                 settings.seed,
                 settings.blocks,
+                self.parts,
             )
         sweep_inert(module)
         on_forward = None if self._sums is None else self._sums.begin
-        self.root = RootInputs(module, parameters, {"cpu", *(p.device.type for p in parameters)}, on_forward)
+        root = nn.Identity() if self.scripted else module
+        self.root = RootInputs(root, parameters, {"cpu", *(p.device.type for p in parameters)}, on_forward)
 
     def close(self) -> None:
         """Remove every hook."""
@@ -231,6 +238,8 @@ class Curvature:
 
         `terms`: those of the last update's examples.
         """
+        if self.scripted:
+            return {}, dict.fromkeys(parameters, "inside a ScriptModule"), terms
         if self._pass is None:
             assert self._sums is not None
             return self._sums.take(kept, unscale), self._sums.refused, terms
@@ -291,8 +300,10 @@ class Curvature:
         unsaid = [f"{self.names[p]} ({why})" for p, why in self.reasons.items() if p not in self._named]
         self._named.update(self.reasons)
         self.observed = True
-        if unsaid:
+        if unsaid and covered:
             log.info("without a K-FAC block, so AdamW updates them: %s", ", ".join(unsaid))
+        elif unsaid:
+            log.warning("no parameter has a K-FAC block, so AdamW updates them all: %s", ", ".join(unsaid))
 
     def _adopt(self, weight: nn.Parameter, layout: Layout, bias: nn.Parameter | None, state: State) -> None:
         """Makes the block of a weight, anew where it is used in another way than before."""

@@ -19,10 +19,10 @@ from kfac_triton.approximations.kronecker import Statistics, by_form, factor_dty
 from kfac_triton.arguments import Settings
 from kfac_triton.blocks.layout import DIAGONAL, Layout
 from kfac_triton.blocks.use import Use
-from kfac_triton.capture import Inputs, ModuleTaps, Recorded, bare_pass, module_use
+from kfac_triton.capture import Inputs, ModuleTaps, Recorded, UnseenUses, bare_pass, dense, module_use
 from kfac_triton.factors import Accumulation
 from kfac_triton.fisher import SeenUse, counted_terms, recorded_forward, tensor_of_outputs
-from kfac_triton.likelihoods import Categorical
+from kfac_triton.likelihoods import Categorical, warn_of_image_axis
 from kfac_triton.statistics import layout_of, sharing_of, weight_statistics
 
 log = logging.getLogger("kfac_triton")
@@ -115,6 +115,8 @@ class EmpiricalSums:
             forward.used[weight] = True
 
         def seen(x: Tensor, dy: Tensor) -> None:
+            if forward.terms is self._zero and not torch.compiler.is_compiling():
+                return  # a backward pass that the model runs itself, inside its forward pass
             self._add(module_use(module, x), dy, forward)
             if first:
                 self._sums[weight].passes.add_(1)
@@ -186,7 +188,10 @@ class EmpiricalSums:
         self.refused, self._taps.own_calls = {}, Counter()
         try:
             with bare_pass(inputs, self._zero.device, self._settings.seed):
-                recorder, _ = recorded_forward(self._module, inputs, self._sums)
+                recorder, returned = recorded_forward(self._module, inputs, self._sums)
+                z = tensor_of_outputs(returned, self._settings.output)
+                recorder.add_unseen(UnseenUses(), z)
+                warn_of_image_axis(self._likelihood, z, filter(dense, inputs.tensors()))
         except Exception as error:  # the user's forward may need surroundings that step() lacks
             log.warning(
                 'fisher="empirical" could not check that no weight is used outside its module: the forward pass '

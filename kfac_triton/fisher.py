@@ -6,7 +6,6 @@ the likelihood ("mc"), or one for each output direction ("exact"). Kunstner et a
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,15 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from kfac_triton import distributed
 from kfac_triton.blocks.custom import LayerBlock
-from kfac_triton.capture import Inputs, Recorded, UseRecorder, bare_pass, custom_layers, uncheckpointed
-from kfac_triton.likelihoods import Likelihood
-
-log = logging.getLogger("kfac_triton")
+from kfac_triton.capture import (
+    Inputs,
+    Recorded,
+    UnseenUses,
+    UseRecorder,
+    bare_pass,
+    called,
+    custom_layers,
+    dense,
+    gradients_kept,
+    uncheckpointed,
+)
+from kfac_triton.likelihoods import Likelihood, warn_of_image_axis
+from kfac_triton.parts import Parts, batch_size
 
 MIN_EXAMPLES, MIN_SEQUENCES = 64, 8
 MIN_TERMS = 512
@@ -85,10 +93,10 @@ def recorded_forward(
     args, kwargs = tree_map(
         lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (inputs.args, inputs.kwargs)
     )
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     recorder = UseRecorder(parameters)
-    with uncheckpointed(module), custom_layers(module, recorder, blocks or {}), recorder:
-        returned = functional_call(module, buffers, args, kwargs) if buffers else module(*args, **kwargs)
+    layers = custom_layers(module, recorder, blocks or {})
+    with gradients_kept(module), uncheckpointed(module), layers, recorder:
+        returned = called(module, args, kwargs)
     return recorder, returned
 
 
@@ -132,7 +140,9 @@ class FisherPass:
     fraction: float
     seed: int
     blocks: Blocks = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set)
+    parts: Parts = field(default_factory=Parts)
+    _unseen: UnseenUses = field(default_factory=UnseenUses)
+    _axis_checked: bool = False
 
     def run(self, kept: list[Inputs], parameters: list[nn.Parameter], update: int, terms_per_example: int = 1) -> Seen:
         """`update`: the number of this factor update; with `seed` it decides samples, dropout and the part used.
@@ -149,14 +159,26 @@ class FisherPass:
     def _one_batch(
         self, inputs: Inputs, parameters: list[nn.Parameter], update: int, seed: int, number: int, seen: Seen
     ) -> None:
-        inputs, recorder, z = self._forward(inputs, parameters, update, least_examples(seen.terms_per_example))
+        inputs, (recorder, z) = self.parts.run(
+            inputs,
+            lambda part: self._outputs(part, parameters),
+            fraction=max(self.fraction, 1 / (update + 1)),
+            update=update,
+            least=least_examples(seen.terms_per_example),
+            device=parameters[0].device,
+            seed=seed,
+        )
+        recorder.add_unseen(self._unseen, z)
+        if not self._axis_checked:
+            warn_of_image_axis(self.likelihood, z, filter(dense, inputs.tensors()))
+            self._axis_checked = True
         terms = self.likelihood.terms_last(z.detach())
         terms = terms.float() if terms.dtype.itemsize < 4 else terms
         valid = None if self.mask is None else counted_terms(self.mask, inputs, z.detach(), terms)
         seen.terms = seen.terms + (terms[..., 0].numel() if valid is None else valid.sum())
         seen.unsupported.update(recorder.uses.unsupported)
         seen.roots.append(z.grad_fn)
-        examples = _batch_size(inputs) if inputs.tensors() else z.shape[0]
+        examples = batch_size(inputs) or z.shape[0]
         seen.terms_per_example = max(terms[..., 0].numel() // max(examples, 1), 1)
         recorded = [(w, r) for w, uses in recorder.uses.recorded.items() for r in uses]
         if not recorded or not z.requires_grad:
@@ -199,72 +221,16 @@ class FisherPass:
                 one[:, t] = flat[:, t] * (2 * coin - 1).to(flat.dtype)
                 yield one.reshape(terms.shape)
 
-    def _forward(
-        self, inputs: Inputs, parameters: list[nn.Parameter], update: int, least: int
-    ) -> tuple[Inputs, UseRecorder, Tensor]:
-        """The recorded forward pass on a part of the batch, or on all of it where the part cannot be cut out."""
-        part = self._part(inputs, update, least)
-        try:
-            return part, *self._outputs(part, parameters)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if part is inputs:
-                raise
-            self._warn(
-                "the model fails on a part of its batch (%s); the statistics use whole batches. "
-                "factor_fraction=1.0 says so from the start",
-                str(error).split("\n", 1)[0],
-            )
-            self.fraction = 1.0
-            return inputs, *self._outputs(inputs, parameters)
-
-    def _outputs(self, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[UseRecorder, Tensor]:
+    def _outputs(self, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[torch.Size, tuple[UseRecorder, Tensor]]:
         recorder, returned = recorded_forward(self.module, inputs, parameters, self.blocks)
-        return recorder, tensor_of_outputs(returned, self.output)
-
-    def _part(self, inputs: Inputs, update: int, least: int) -> Inputs:
-        """`fraction` of the examples; all where the batch axis is not plain."""
-        part = part_of_batch(inputs, max(self.fraction, 1 / (update + 1)), update, least)
-        if part is None:
-            self._warn(
-                "the model's inputs differ in their first axis, so a part of the batch cannot be cut out; "
-                "the statistics use whole batches. factor_fraction=1.0 says so from the start"
-            )
-        return inputs if part is None else part
-
-    def _warn(self, message: str, *values: object) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            log.warning(message, *values)
+        z = tensor_of_outputs(returned, self.output)
+        return self.likelihood.terms_last(z).shape, (recorder, z)
 
 
 def least_examples(terms_per_example: int) -> int:
     """The fewest examples of an update: 64; of sequences, whose terms are alike, as many as have 512 loss terms, and at
     least 8."""
     return min(max(math.ceil(MIN_TERMS / terms_per_example), MIN_SEQUENCES), MIN_EXAMPLES)
-
-
-def part_of_batch(inputs: Inputs, fraction: float, update: int, least: int) -> Inputs | None:
-    """`fraction` of the examples, never fewer than min(N, least), from a place that moves with `update`.
-
-    None where the inputs differ in their first axis, so that no part of the batch can be cut out.
-    """
-    N = _batch_size(inputs)
-    n = max(math.ceil(N * fraction), min(N, least))
-    if n >= N:
-        return inputs
-    if any(t.dim() and t.shape[0] != N for t in inputs.tensors()):
-        return None
-    start = update * n % (N - n + 1)
-    args, kwargs = tree_map(
-        lambda leaf: leaf[start : start + n] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
-        (inputs.args, inputs.kwargs),
-    )
-    return inputs._replace(args=args, kwargs=kwargs)
-
-
-def _batch_size(inputs: Inputs) -> int:
-    """The first axis of the first tensor; 1 where there is none."""
-    return next((t.shape[0] for t in inputs.tensors() if t.dim()), 1)
 
 
 def _mixed_seed(seed: int, update: int, batch: int) -> int:

@@ -82,7 +82,8 @@ class KFAC(torch.optim.Optimizer):
         factor_interval, inverse_interval: steps between refreshes. In its first interval the inverse is refreshed at
             steps 1, 2, 4, 8, ... too.
         factor_fraction: the share of the batch (its first axis) for the statistics, never below min(N, 64) examples; of
-            sequences, never below as many as have 512 loss terms, nor below 8. In the k-th update at least 1/k.
+            sequences, never below as many as have 512 loss terms, nor below 8. In the k-th update at least 1/k. Whole
+            batches, after one warning, where a part would be something else (the rule is in `kfac_triton.parts`).
         quadratic_fraction: the share of the batch for the adaptive modes' products with the exact Fisher. Less than all
             makes cheaper and less certain steps.
         max_factor_dim: a wider side of a weight gets up to four blocks of that width, and a wider one yet a diagonal.
@@ -225,7 +226,8 @@ class KFAC(torch.optim.Optimizer):
         self._module = module
         self._step_function = CompiledStep(self._settings.compile)
         self._curvature = Curvature(module, self._settings, self._parameters())
-        self._adaptive = None if self._settings.likelihood is None else AdaptiveStep(module, self._settings)
+        parts = self._curvature.parts
+        self._adaptive = None if self._settings.likelihood is None else AdaptiveStep(module, self._settings, parts)
         self._hooks = weakref.finalize(self, self._curvature.close)
         self._names = [self._curvature.names[p] for p in self._parameters()]
 
@@ -340,7 +342,7 @@ class KFAC(torch.optim.Optimizer):
         def group_of(p: nn.Parameter) -> dict[str, Any]:
             return groups[id(p)]
 
-        if not kept:
+        if not kept and not curvature.scripted:
             self._check_gradients_are_zero(parameters)
             return loss
         trained = [p for p in parameters if p.requires_grad]

@@ -21,6 +21,7 @@ from kfac_triton.arguments import Settings
 from kfac_triton.capture import Inputs
 from kfac_triton.curvature import Curvature
 from kfac_triton.objective import Objective, moved
+from kfac_triton.parts import Parts
 from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
 
 # The last step of a few examples is mostly noise, and a longer one along it more so. With batches of 16 and no bound,
@@ -64,10 +65,10 @@ class Occasion:
 class Proposer:
     """Holds no state but which way of computing J v works."""
 
-    def __init__(self, module: nn.Module, settings: Settings) -> None:
+    def __init__(self, module: nn.Module, settings: Settings, parts: Parts) -> None:
         assert settings.likelihood is not None
         self.products = FisherProducts(
-            module, settings.likelihood, settings.output, settings.mask, settings.quadratic_fraction
+            module, settings.likelihood, settings.output, settings.mask, settings.quadratic_fraction, parts
         )
         self._loss_scale = settings.loss_scale
         self._seed = settings.seed

@@ -25,7 +25,7 @@ LEVELS = [
     {"blocks", "factors", "chain"},
     {"temporal_chain"},
     {"update", "capture"},
-    {"approximations", "fisher", "compiled"},
+    {"approximations", "parts", "fisher", "compiled"},
     {"statistics", "expected", "quadratic", "objective", "loss_scale"},
     {"empirical", "curvature"},
     {"assembly", "checkpoint"},

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from kfac_triton.capture.tensors import nbytes, version
+
 log = logging.getLogger("kfac_triton")
 
 MAX_KEPT_BYTES = 2**31
@@ -102,7 +104,7 @@ class RootInputs(Hooks):
         self._compiled: Inputs | None = None
         self._untracked: list[Inputs] = []
         self._device_types = tuple(sorted(set(device_types)))
-        self._kept: list[tuple[Inputs, tuple[int, ...]]] = []
+        self._kept: list[tuple[Inputs, tuple[int | None, ...]]] = []
         self._bytes = 0
         self._full = False
         self._watched: set[nn.Parameter] = set()
@@ -157,7 +159,7 @@ class RootInputs(Hooks):
         self._untracked.clear()
 
     def _keep(self, inputs: Inputs) -> None:
-        size = sum(t.nbytes for t in inputs.tensors())
+        size = sum(map(nbytes, inputs.tensors()))
         if any(kept is inputs for kept, _ in self._kept):
             return
         if self._kept and self._bytes + size > MAX_KEPT_BYTES:
@@ -208,5 +210,5 @@ def _output_tensors(returned: Any) -> Iterator[Tensor]:
             yield from (value for value in vars(leaf).values() if isinstance(value, Tensor))
 
 
-def _versions(inputs: Inputs) -> tuple[int, ...]:
-    return tuple(t._version for t in inputs.tensors() if not t.is_inference())
+def _versions(inputs: Inputs) -> tuple[int | None, ...]:
+    return tuple(map(version, inputs.tensors()))

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from kfac_triton.capture.inputs import Autocast, Inputs, OwnPass
 
@@ -67,14 +68,46 @@ def bare_pass(inputs: Inputs, device: torch.device, seed: int | Streams) -> Iter
         mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", _run_without_checkpoint),
         _autocast(inputs.autocast),
     ):
-        if isinstance(seed, Streams):
-            seed.restore(device)
-        else:
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
+        reseed(device, seed)
         yield
+
+
+def reseed(device: torch.device, seed: int | Streams) -> None:
+    """Sets torch's global random streams to a seed, or to where they were."""
+    if isinstance(seed, Streams):
+        seed.restore(device)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the module returns for these arguments; its buffers stay as they were."""
+    buffers = dict(module.named_buffers())
+    copies = {name: buffer.clone() for name, buffer in buffers.items()}
+    if not buffers or not any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
+        return functional_call(module, copies, args, kwargs) if buffers else module(*args, **kwargs)
+    try:  # scripted modules take no other buffers than their own
+        return module(*args, **kwargs)
+    finally:
+        with torch.no_grad():
+            for name, buffer in buffers.items():
+                buffer.copy_(copies[name])
+
+
+@contextmanager
+def gradients_kept(module: nn.Module) -> Iterator[None]:
+    """In here backward passes that the model runs by itself leave the parameters' `.grad` alone."""
+    before = [(p, p.grad) for p in module.parameters()]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
 
 
 @contextmanager
