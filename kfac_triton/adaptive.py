@@ -23,6 +23,7 @@ from kfac_triton.damping import (
     reduction_ratio,
 )
 from kfac_triton.objective import Objective, move_, moved
+from kfac_triton.parts import Parts
 from kfac_triton.proposal import (
     Occasion,
     Proposal,
@@ -57,8 +58,8 @@ class Candidate:
 class AdaptiveStep:
     """Steps by the quadratic model. Its numbers live in the groups; it remembers only whether it warned."""
 
-    def __init__(self, state: ModuleState, settings: Settings) -> None:
-        self._proposer = Proposer(state, settings)
+    def __init__(self, state: ModuleState, settings: Settings, parts: Parts) -> None:
+        self._proposer = Proposer(state, settings, parts)
         self._settings = settings
         self._loss_scale = settings.loss_scale
         self._adaptation = Adaptation()
@@ -70,6 +71,8 @@ class AdaptiveStep:
         Raises:
             ValueError: in the first step, with a closure: loss_scale does not fit the loss.
         """
+        if not curvature.blocks:
+            return self._without_blocks(optimizer, curvature, now)
         groups = optimizer.param_groups
         first, step, objective = groups[0], groups[0]["step"], now.objective
         if step == 0 and objective is not None and self._settings.check_loss_scale:
@@ -111,6 +114,14 @@ class AdaptiveStep:
                 optimizer.state[p]["momentum_buffer"] = proposal.delta[p]
             else:
                 buffer.zero_()
+
+    def _without_blocks(self, optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion) -> dict[str, Any]:
+        """A step of AdamW alone, of which the quadratic model has nothing to say."""
+        move_(fallback_direction(step_arguments(optimizer, curvature, now)))
+        for group in optimizer.param_groups:
+            group["step"] += 1
+        first = optimizer.param_groups[0]
+        return {"damping": first["damping"], "gamma": factored_damping(first) ** 0.5}
 
     def _check(
         self, optimizer: torch.optim.Optimizer, proposal: Proposal, objective: Objective | None

@@ -23,6 +23,7 @@ from kfac_triton.distributed import Ranks
 from kfac_triton.empirical import EmpiricalSums
 from kfac_triton.expected import expected_uses
 from kfac_triton.fisher import FisherPass, Seen
+from kfac_triton.parts import Parts
 from kfac_triton.piggyback import Piggyback
 from kfac_triton.statistics import block_layout, joint_biases, layout_of, sharing_of, weight_statistics
 
@@ -67,6 +68,7 @@ class Curvature:
         self.names = {p: name for name, p in module.named_parameters()}
         self.parameters = parameters
         self.observed = False
+        self.parts = Parts()
         self._pass: FisherPass | None = None
         self._piggyback: Piggyback | None = None
         self._sums: EmpiricalSums | None = None
@@ -76,7 +78,10 @@ class Curvature:
         self._suspects: list[tuple[nn.Parameter, Tensor]] = []
         self._unmeasured: list[kronecker.FactorUpdate] = []
         check_sharing(settings.weight_sharing, self.names.values())
-        if settings.fisher == "empirical":
+        self.scripted = isinstance(module, torch.jit.ScriptModule)  # it takes no hooks and hides its functions
+        if self.scripted:
+            pass
+        elif settings.fisher == "empirical":
             self._sums = EmpiricalSums(self.module_state, parameters, settings)
         elif settings.likelihood is not None:
             self._pass = FisherPass(
@@ -88,6 +93,7 @@ class Curvature:
                 settings.factor_fraction,
                 settings.seed,
                 settings.blocks,
+                self.parts,
             )
         sweep_inert(module)
         if self._pass is not None and settings.fisher_pass != "replay":
@@ -307,6 +313,8 @@ class Curvature:
 
         `terms`: those of the last update's examples.
         """
+        if self.scripted:
+            return {}, dict.fromkeys(parameters, "inside a ScriptModule"), terms
         if self._pass is None:
             assert self._sums is not None
             return self._sums.take(kept, unscale), self._sums.refused, terms

@@ -27,12 +27,14 @@ from kfac_triton.capture import (
     ModuleState,
     ModuleTaps,
     Recorded,
+    UnseenUses,
     bare_pass,
+    dense,
     module_use,
 )
 from kfac_triton.factors import Accumulation
 from kfac_triton.fisher import SeenUse, counted_terms, recorded_forward, tensor_of_outputs
-from kfac_triton.likelihoods import Categorical
+from kfac_triton.likelihoods import Categorical, warn_of_image_axis
 from kfac_triton.statistics import layout_of, sharing_of, weight_statistics
 
 log = logging.getLogger("kfac_triton")
@@ -145,6 +147,8 @@ class EmpiricalSums(Listener):
         def seen(x: Tensor, dy: Tensor) -> None:
             if torch.compiler.is_compiling():
                 self._add(module_use(module, x), dy, forward)
+            elif forward.terms is self._zero:
+                return  # a backward pass that the model runs itself, inside its forward pass
             elif self.destination() is Destination.ACCUMULATED:
                 again = added[0] == self._cleared  # another loss of the same forward pass
                 added[0] = self._cleared
@@ -221,7 +225,10 @@ class EmpiricalSums(Listener):
         self.refused, self._taps.own_calls = {}, Counter()
         try:
             with bare_pass(self._state, inputs, self._settings.seed) as replay:
-                recorder, _ = recorded_forward(replay, inputs, self._sums)
+                recorder, returned = recorded_forward(replay, inputs, self._sums)
+                z = tensor_of_outputs(returned, self._settings.output)
+                recorder.add_unseen(UnseenUses(), z)
+                warn_of_image_axis(self._likelihood, z, filter(dense, inputs.tensors()))
         except Exception as error:  # the user's forward may need surroundings that step() lacks
             log.warning(
                 'fisher="empirical" could not check that no weight is used outside its module: the forward pass '

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from kfac_triton.blocks.custom import LayerBlock
 from kfac_triton.capture import (
@@ -23,12 +22,15 @@ from kfac_triton.capture import (
     ModuleState,
     Recorded,
     Replay,
+    UnseenUses,
     UseRecorder,
     bare_pass,
     custom_layers,
+    dense,
     uncheckpointed,
 )
-from kfac_triton.likelihoods import Likelihood
+from kfac_triton.likelihoods import Likelihood, warn_of_image_axis
+from kfac_triton.parts import Parts, batch_size
 
 log = logging.getLogger("kfac_triton")
 
@@ -138,7 +140,8 @@ class FisherPass:
     fraction: float
     seed: int
     blocks: Blocks = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set)
+    parts: Parts = field(default_factory=Parts)
+    _unseen: UnseenUses = field(default_factory=UnseenUses)
     _outputs_checked: bool = False
 
     def run(
@@ -171,8 +174,15 @@ class FisherPass:
         number: int,
         seen: Seen,
     ) -> None:
-        inputs, recorder, z = self._forward(replay, inputs, parameters, update, least_examples(seen.terms_per_example))
-        self._check_outputs(z)
+        inputs, (recorder, z) = self.parts.run(
+            inputs,
+            lambda part: self._outputs(replay, part, parameters),
+            fraction=max(self.fraction, 1 / (update + 1)),
+            update=update,
+            least=least_examples(seen.terms_per_example),
+        )
+        recorder.add_unseen(self._unseen, z)
+        self.check_outputs(inputs, z)
         directions, valid, examples = self.directions(inputs, z.detach(), seed, seen)
         seen.unsupported.update(recorder.uses.unsupported)
         seen.roots.append(z.grad_fn)
@@ -202,7 +212,7 @@ class FisherPass:
         valid = None if self.mask is None else counted_terms(self.mask, inputs, z, terms)
         count = terms[..., 0].numel()
         seen.terms = seen.terms + (count if valid is None else valid.sum())
-        examples = _batch_size(inputs) if inputs.tensors() else z.shape[0]
+        examples = batch_size(inputs) or z.shape[0]
         seen.terms_per_example = max(count // max(examples, 1), 1)
         directions = [
             self.likelihood.terms_back(d if valid is None else d * valid.unsqueeze(-1), z).to(z.dtype)
@@ -210,16 +220,22 @@ class FisherPass:
         ]
         return directions, valid, examples
 
-    def _check_outputs(self, z: Tensor) -> None:
-        """Warns where the outputs of the very first pass are probabilities; later ones would make a device wait."""
-        if not self._outputs_checked and self.likelihood.looks_like_probabilities(z):
-            self._warn(
+    def check_outputs(self, inputs: Inputs, z: Tensor) -> None:
+        """Warns where the outputs of the very first pass are probabilities, or have their classes on another axis.
+
+        Later passes are not looked at: a device would have to be waited for.
+        """
+        if self._outputs_checked:
+            return
+        self._outputs_checked = True
+        warn_of_image_axis(self.likelihood, z, filter(dense, inputs.tensors()))
+        if self.likelihood.looks_like_probabilities(z):
+            log.warning(
                 "the model returns probabilities, but likelihood=%r takes logits: pass logits, without the softmax or "
                 "sigmoid, and use the loss that belongs to them (cross_entropy, binary_cross_entropy_with_logits); or "
                 "name the logits with output=",
                 self.likelihood,
             )
-        self._outputs_checked = True
 
     def _directions(self, terms: Tensor, seed: int) -> Iterator[Tensor]:
         """What to back-propagate from the outputs `terms` (N, ..., C): the gradients of the summed nll.
@@ -242,72 +258,18 @@ class FisherPass:
                 one[:, t] = flat[:, t] * (2 * coin - 1).to(flat.dtype)
                 yield one.reshape(terms.shape)
 
-    def _forward(
-        self, replay: Replay, inputs: Inputs, parameters: list[nn.Parameter], update: int, least: int
-    ) -> tuple[Inputs, UseRecorder, Tensor]:
-        """The recorded forward pass on a part of the batch, or on all of it where the part cannot be cut out."""
-        part = self._part(inputs, update, least)
-        try:
-            return part, *self._outputs(replay, part, parameters)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if part is inputs:
-                raise
-            self._warn(
-                "the model fails on a part of its batch (%s); the statistics use whole batches. "
-                "factor_fraction=1.0 says so from the start",
-                str(error).split("\n", 1)[0],
-            )
-            self.fraction = 1.0
-            return inputs, *self._outputs(replay, inputs, parameters)
-
-    def _outputs(self, replay: Replay, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[UseRecorder, Tensor]:
+    def _outputs(
+        self, replay: Replay, inputs: Inputs, parameters: list[nn.Parameter]
+    ) -> tuple[torch.Size, tuple[UseRecorder, Tensor]]:
         recorder, returned = recorded_forward(replay, inputs, parameters, self.blocks)
-        return recorder, tensor_of_outputs(returned, self.output)
-
-    def _part(self, inputs: Inputs, update: int, least: int) -> Inputs:
-        """`fraction` of the examples; all where the batch axis is not plain."""
-        part = part_of_batch(inputs, max(self.fraction, 1 / (update + 1)), update, least)
-        if part is None:
-            self._warn(
-                "the model's inputs differ in their first axis, so a part of the batch cannot be cut out; "
-                "the statistics use whole batches. factor_fraction=1.0 says so from the start"
-            )
-        return inputs if part is None else part
-
-    def _warn(self, message: str, *values: object) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            log.warning(message, *values)
+        z = tensor_of_outputs(returned, self.output)
+        return self.likelihood.terms_last(z).shape, (recorder, z)
 
 
 def least_examples(terms_per_example: int) -> int:
     """The fewest examples of an update: 64; of sequences, whose terms are alike, as many as have 512 loss terms, and at
     least 8."""
     return min(max(math.ceil(MIN_TERMS / terms_per_example), MIN_SEQUENCES), MIN_EXAMPLES)
-
-
-def part_of_batch(inputs: Inputs, fraction: float, update: int, least: int) -> Inputs | None:
-    """`fraction` of the examples, never fewer than min(N, least), from a place that moves with `update`.
-
-    None where the inputs differ in their first axis, so that no part of the batch can be cut out.
-    """
-    N = _batch_size(inputs)
-    n = max(math.ceil(N * fraction), min(N, least))
-    if n >= N:
-        return inputs
-    if any(t.dim() and t.shape[0] != N for t in inputs.tensors()):
-        return None
-    start = update * n % (N - n + 1)
-    args, kwargs = tree_map(
-        lambda leaf: leaf[start : start + n] if isinstance(leaf, Tensor) and leaf.dim() else leaf,
-        (inputs.args, inputs.kwargs),
-    )
-    return inputs._replace(args=args, kwargs=kwargs)
-
-
-def _batch_size(inputs: Inputs) -> int:
-    """The first axis of the first tensor; 1 where there is none."""
-    return next((t.shape[0] for t in inputs.tensors() if t.dim()), 1)
 
 
 def mixed_seed(seed: int, update: int, batch: int) -> int:

@@ -7,11 +7,15 @@ generalised Gauss-Newton matrix, Martens 2020), a sampled gradient gives an unbi
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
+log = logging.getLogger("kfac_triton")
 
 
 class Likelihood(ABC):
@@ -107,6 +111,25 @@ class Categorical(Likelihood):
     def fisher_root_product(self, z: Tensor, v: Tensor) -> Tensor:
         p = torch.softmax(z, dim=-1)
         return p.sqrt() * (v - (p * v).sum(-1, keepdim=True))
+
+
+def warn_of_image_axis(likelihood: Likelihood, outputs: Tensor, inputs: Iterable[Tensor]) -> None:
+    """One warning where a softmax over the last axis is probably one over the columns of images, (N, C, H, W).
+
+    Outputs (N, ..., C) of four axes or more have an input with all axes but the last, as tokens or pixels do.
+    """
+    shape = outputs.shape
+    if not isinstance(likelihood, Categorical) or likelihood.dim != -1 or len(shape) < 4:
+        return
+    for t in inputs:
+        if t.dim() in (len(shape) - 1, len(shape)) and t.shape[: len(shape) - 1] == shape[:-1] and t.shape != shape:
+            return
+    log.warning(
+        "the categorical likelihood takes the softmax over the last axis of the outputs, %s: %d classes. "
+        "For classes on axis 1, as in (N, C, H, W), pass likelihood=Categorical(dim=1); "
+        "Categorical(dim=%d) keeps the last axis and silences this warning",
+        tuple(shape), shape[-1], len(shape) - 1,
+    )  # fmt: skip
 
 
 class Bernoulli(Likelihood):

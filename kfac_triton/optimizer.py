@@ -87,7 +87,8 @@ class KFAC(torch.optim.Optimizer):
         factor_interval, inverse_interval: steps between refreshes. In its first interval the inverse is refreshed at
             steps 1, 2, 4, 8, ... too.
         factor_fraction: the share of the batch (its first axis) for the statistics, never below min(N, 64) examples; of
-            sequences, never below as many as have 512 loss terms, nor below 8. In the k-th update at least 1/k.
+            sequences, never below as many as have 512 loss terms, nor below 8. In the k-th update at least 1/k. Whole
+            batches, after one warning, where a part would be something else (the rule is in `kfac_triton.parts`).
         quadratic_fraction: the share of the batch for the adaptive modes' products with the exact Fisher. Less than all
             makes cheaper and less certain steps.
         max_factor_dim: a wider side of a weight gets up to four blocks of that width, and a wider one yet a diagonal.
@@ -261,7 +262,8 @@ class KFAC(torch.optim.Optimizer):
         self._curvature = Curvature(module, self._settings, self._members.present, ranks, due, follow)
         self._curvature.record_passes(any(group["piggyback"] for group in self.param_groups))
         state = self._curvature.module_state
-        self._adaptive = None if self._settings.likelihood is None else AdaptiveStep(state, self._settings)
+        parts = self._curvature.parts
+        self._adaptive = None if self._settings.likelihood is None else AdaptiveStep(state, self._settings, parts)
         self._hooks = weakref.finalize(self, self._curvature.close)
         self._names = tuple(self._members.names.get(p) for p in self._listed())
 
@@ -441,11 +443,11 @@ class KFAC(torch.optim.Optimizer):
         if objective is not None and not math.isfinite(objective.first):
             self._skip(curvature, objective)
             return loss
-        if not kept:
+        if not kept and not curvature.scripted:
             self._check_known(curvature, adaptive)
         trained = [p for p in parameters if p.requires_grad]
         due = any(group["step"] % group["factor_interval"] == 0 for group in map(group_of, trained))
-        if kept and due and not curvature.passes.incomplete:
+        if (kept or curvature.scripted) and due and not curvature.passes.incomplete:
             curvature.update_factors(kept, self.state, trained, group_of, unscale)
         curvature.forget()
         for group in self.param_groups:

@@ -26,6 +26,7 @@ from kfac_triton.capture import Inputs, ModuleState
 from kfac_triton.curvature import Curvature
 from kfac_triton.distributed import Ranks
 from kfac_triton.objective import Objective, moved
+from kfac_triton.parts import Parts
 from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
 
 log = logging.getLogger("kfac_triton")
@@ -82,10 +83,10 @@ class Occasion:
 class Proposer:
     """Holds no state but which way of computing J v works, and whether a missing model was reported."""
 
-    def __init__(self, state: ModuleState, settings: Settings) -> None:
+    def __init__(self, state: ModuleState, settings: Settings, parts: Parts) -> None:
         assert settings.likelihood is not None
         self.products = FisherProducts(
-            state, settings.likelihood, settings.output, settings.mask, settings.quadratic_fraction
+            state, settings.likelihood, settings.output, settings.mask, settings.quadratic_fraction, parts
         )
         self._loss_scale = settings.loss_scale
         self._seed = settings.seed

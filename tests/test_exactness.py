@@ -805,3 +805,36 @@ def test_a_weight_used_both_ways_round_falls_back():
     optimizer = unit_step(model, dense.randn(6, 4))
     assert optimizer.coverage() == {"w": "fallback", "b": "fallback"}
     assert optimizer.factors() == {}
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+def test_a_use_for_the_whole_batch_sees_every_example_on_its_own(likelihood):
+    """A table that is looked up once for all N examples: without random signs, sum over n of g_n, squared, is N times
+    the sum of the squares."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Embedding(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.table(torch.arange(4)))
+
+    model, N, updates = Shared(), 16, 12
+    x = 0.1 * torch.randn(N, 4, 3, generator=torch.Generator().manual_seed(0))
+    optimizer = KFAC(
+        model, likelihood=likelihood, fisher="exact", factor_fraction=1.0, factor_decay=0.999, lr=0.0, compile=False
+    )
+    for _ in range(updates):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    W = model.head.weight.detach()
+    z = model(x).detach().flatten(0, 1)
+    p = z.softmax(-1)
+    H = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2) if likelihood == "categorical" else torch.eye(2)
+    expected = torch.einsum("...ij,ik,jl->...kl", H, W, W).expand(len(z), 3, 3).sum(0) / len(z)
+    factors = optimizer.factors()["table"]
+    found = torch.kron(factors["G"], torch.diag(factors["A"]) if factors["A"].dim() == 1 else factors["A"]).trace()
+    assert 0.5 < float(found) / float(expected.trace()) < 2

@@ -25,7 +25,7 @@ LEVELS = [
     {"blocks", "factors", "chain"},
     {"temporal_chain"},
     {"update", "capture"},
-    {"approximations", "fisher", "piggyback", "compiled"},
+    {"approximations", "parts", "fisher", "piggyback", "compiled"},
     {"statistics", "expected", "quadratic", "objective", "loss_scale"},
     {"empirical", "curvature"},
     {"assembly", "schema", "validation", "checkpoint"},

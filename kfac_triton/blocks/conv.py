@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_triton import ops
-from kfac_triton.blocks.use import Resolve, Use
+from kfac_triton.blocks.use import ATEN, Resolve, Use
 from kfac_triton.ops import Patches, Rows
 
 
@@ -216,6 +216,18 @@ def _transposed_matcher(axes: int) -> Callable[..., Use | None]:
     return match
 
 
+def _match_convolution(
+    resolve: Resolve, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+    output_padding: Any, groups: int,
+) -> Use | None:  # fmt: skip
+    """Any of them, as decomposed programs call it."""
+    axes = weight.dim() - 2
+    if transposed:
+        match = _transposed_matcher(axes)
+        return match(resolve, input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _matcher(axes)(resolve, input, weight, bias, stride, padding, dilation, groups)
+
+
 MATCHERS: dict[Any, Callable[..., Use | None]] = {
     F.conv1d: _matcher(1),
     F.conv2d: _matcher(2),
@@ -223,4 +235,14 @@ MATCHERS: dict[Any, Callable[..., Use | None]] = {
     F.conv_transpose1d: _transposed_matcher(1),
     F.conv_transpose2d: _transposed_matcher(2),
     F.conv_transpose3d: _transposed_matcher(3),
+    ATEN.conv1d.default: _matcher(1),
+    ATEN.conv1d.padding: _matcher(1),
+    ATEN.conv2d.default: _matcher(2),
+    ATEN.conv2d.padding: _matcher(2),
+    ATEN.conv3d.default: _matcher(3),
+    ATEN.conv3d.padding: _matcher(3),
+    ATEN.conv_transpose1d.default: _transposed_matcher(1),
+    ATEN.conv_transpose2d.input: _transposed_matcher(2),
+    ATEN.conv_transpose3d.input: _transposed_matcher(3),
+    ATEN.convolution.default: _match_convolution,
 }

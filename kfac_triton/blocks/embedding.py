@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_triton.blocks.layout import Layout
-from kfac_triton.blocks.use import Part, Resolve, Use
+from kfac_triton.blocks.use import ATEN, Part, Resolve, Use
 from kfac_triton.ops import OneHot
 
 
@@ -95,6 +95,10 @@ def _match_index(resolve: Resolve, table: Any, index: Any) -> TableUse | None:
     return _match_embedding(resolve, index, table)
 
 
+def _match_aten_index(resolve: Resolve, table: Any, indices: Any) -> TableUse | None:
+    return _match_index(resolve, table, indices[0]) if len(indices) == 1 else None
+
+
 def _match_index_select(resolve: Resolve, input: Any, dim: int, index: Any) -> TableUse | None:
     return _match_index(resolve, input, index) if dim == 0 else None
 
@@ -158,10 +162,11 @@ def _match_repeat(resolve: Resolve, input: Any, *sizes: Any) -> PositionUse | No
     return PositionUse(found[0], None, found[1].repeat(times), transposed=True, axis=found[2])
 
 
-SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-DIFFERENCES = (torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__)
+SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, ATEN.add.Tensor)
+DIFFERENCES = (torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__, ATEN.sub.Tensor)
 ADDITIONS = (
     *SUMS, *DIFFERENCES, Tensor.add_, Tensor.__iadd__, Tensor.sub_, Tensor.subtract_, Tensor.__rsub__, Tensor.__isub__,
+    ATEN.add_.Tensor, ATEN.sub_.Tensor,
 )  # fmt: skip
 MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
     F.embedding: _match_embedding,
@@ -172,4 +177,10 @@ MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
     torch.cat: _match_cat,
     torch.concat: _match_cat,
     Tensor.repeat: _match_repeat,
-} | dict.fromkeys(ADDITIONS, _match_add)
+    ATEN.embedding.default: _match_plain_embedding,
+    ATEN.index.Tensor: _match_aten_index,
+    ATEN.index_select.default: _match_index_select,
+    ATEN.cat.default: _match_cat,
+    ATEN.repeat.default: _match_repeat,
+    **dict.fromkeys(ADDITIONS, _match_add),
+}

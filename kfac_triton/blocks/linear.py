@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_triton.blocks.use import Part, Resolve, Use
+from kfac_triton.blocks.use import ATEN, Part, Resolve, Use
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,4 +92,9 @@ MATCHERS: dict[Any, Callable[..., Use | None]] = {
     Tensor.__rmatmul__: _swapped,
     torch.addmm: _match_addmm,
     Tensor.addmm: _match_addmm,
+    ATEN.linear.default: _match_linear,
+    ATEN.matmul.default: _match_matmul,
+    ATEN.mm.default: _match_matmul,
+    ATEN.mv.default: _match_matmul,
+    ATEN.addmm.default: _match_addmm,
 }

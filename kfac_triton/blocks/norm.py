@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_triton.blocks.use import Resolve, Use, part_of
+from kfac_triton.blocks.use import ATEN, Resolve, Use, part_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,8 +77,9 @@ def _channels(weight: Any, out_axes: int) -> tuple[int, ...]:
 
 
 def _match_layer_norm(
-    resolve: Resolve, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> ScaleUse | None:
+    resolve: Resolve, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> ScaleUse | None:  # fmt: skip
     x = F.layer_norm(input.detach(), normalized_shape, eps=eps)
     return _scale(resolve, weight, bias, x, tuple(normalized_shape))
 
@@ -91,8 +92,9 @@ def _match_rms_norm(
 
 
 def _match_group_norm(
-    resolve: Resolve, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> ScaleUse | None:
+    resolve: Resolve, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> ScaleUse | None:  # fmt: skip
     x = F.group_norm(input.detach(), num_groups, eps=eps)
     return None if weight is None else _scale(resolve, weight, bias, x, _channels(weight, input.dim()))
 
@@ -119,6 +121,20 @@ def _match_instance_norm(
     return _scale(resolve, weight, bias, x, _channels(weight, input.dim()))
 
 
+def _match_torch_batch_norm(
+    resolve: Resolve, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
+    momentum: float, eps: float, cudnn_enabled: bool,
+) -> ScaleUse | None:  # fmt: skip
+    return _match_batch_norm(resolve, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _match_torch_instance_norm(
+    resolve: Resolve, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, use_input_stats: bool,
+    momentum: float, eps: float, cudnn_enabled: bool,
+) -> ScaleUse | None:  # fmt: skip
+    return _match_instance_norm(resolve, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
 def _match_multiply(resolve: Resolve, left: Any, right: Any, *, out: Any = None) -> ScaleUse | None:
     if out is not None or not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return None
@@ -141,7 +157,9 @@ def _match_multiply_in_place(resolve: Resolve, left: Any, right: Any) -> ScaleUs
     return _match_multiply(resolve, left.detach().clone() if resolve.owner(left) is None else left, right)
 
 
-MULTIPLICATIONS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__)
+MULTIPLICATIONS = (
+    torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__, ATEN.mul.Tensor,
+)  # fmt: skip
 MATCHERS: dict[Any, Callable[..., Use | None]] = {
     F.layer_norm: _match_layer_norm,
     torch.layer_norm: _match_layer_norm,
@@ -151,6 +169,16 @@ MATCHERS: dict[Any, Callable[..., Use | None]] = {
     torch.group_norm: _match_group_norm,
     F.batch_norm: _match_batch_norm,
     F.instance_norm: _match_instance_norm,
+    torch.group_norm: _match_group_norm,
+    torch.batch_norm: _match_torch_batch_norm,
+    torch.instance_norm: _match_torch_instance_norm,
+    ATEN.layer_norm.default: _match_layer_norm,
+    ATEN.rms_norm.default: _match_rms_norm,
+    ATEN.group_norm.default: _match_group_norm,
+    ATEN.batch_norm.default: _match_torch_batch_norm,
+    ATEN.instance_norm.default: _match_torch_instance_norm,
+    ATEN.mul_.Tensor: _match_multiply_in_place,
     Tensor.mul_: _match_multiply_in_place,
     Tensor.__imul__: _match_multiply_in_place,
-} | dict.fromkeys(MULTIPLICATIONS, _match_multiply)
+    **dict.fromkeys(MULTIPLICATIONS, _match_multiply),
+}

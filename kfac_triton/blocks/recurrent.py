@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_triton.blocks.linear import LinearUse
+from kfac_triton.blocks.use import ATEN
 
 Step = Callable[[Tensor, Any], Any]
 
@@ -64,11 +65,17 @@ class _Steps(NamedTuple):
         return torch.unbind(by_step)
 
 
-KINDS = {
+LAYERS = {
     torch.lstm: "lstm", torch.gru: "gru", torch.rnn_tanh: "tanh", torch.rnn_relu: "relu",
-    torch.lstm_cell: "lstm", torch.gru_cell: "gru", torch.rnn_tanh_cell: "tanh", torch.rnn_relu_cell: "relu",
+    ATEN.lstm.input: "lstm", ATEN.gru.input: "gru", ATEN.rnn_tanh.input: "tanh", ATEN.rnn_relu.input: "relu",
+    ATEN.lstm.data: "lstm", ATEN.gru.data: "gru", ATEN.rnn_tanh.data: "tanh", ATEN.rnn_relu.data: "relu",
 }  # fmt: skip
-CELLS = frozenset({torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell})
+CELLS = {
+    torch.lstm_cell: "lstm", torch.gru_cell: "gru", torch.rnn_tanh_cell: "tanh", torch.rnn_relu_cell: "relu",
+    ATEN.lstm_cell.default: "lstm", ATEN.gru_cell.default: "gru", ATEN.rnn_tanh_cell.default: "tanh",
+    ATEN.rnn_relu_cell.default: "relu",
+}  # fmt: skip
+KINDS = {**LAYERS, **CELLS}
 
 
 def unrolled(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, list[Note]]:

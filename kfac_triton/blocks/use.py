@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kfac_triton.ops import Rows
 
+ATEN = torch.ops.aten  # the functions that exported programs call
+
 
 @dataclass(frozen=True)
 class Part:

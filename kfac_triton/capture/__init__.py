@@ -2,8 +2,9 @@
 known weight.
 
 `inputs`: what the user's forward passes received. `state`: where they began. `ledger`: which of them made the present
-gradients. `uses`: which functions use which weights. `taps`: x and dL/dy in the user's own passes. `passes`, `replay`:
-the surroundings of K-FAC's own pass. `patches`: what it changes in torch, per thread.
+gradients. `uses`: which functions use which weights; `paths`: the uses that no function call shows. `taps`: x and dL/dy
+in the user's own passes. `passes`, `replay`: the surroundings of K-FAC's own pass. `patches`: what it changes in torch,
+per thread. `tensors`: input tensors of any layout.
 """
 
 from kfac_triton.capture.calls import Call, Listener
@@ -13,9 +14,11 @@ from kfac_triton.capture.inputs import Autocast, Inputs, sweep_inert
 from kfac_triton.capture.ledger import Ledger
 from kfac_triton.capture.passes import bare_pass, changed_outputs, closure_pass, watched_calls
 from kfac_triton.capture.patches import alone, backward_calls, uncheckpointed
+from kfac_triton.capture.paths import UnseenUses
 from kfac_triton.capture.replay import Replay
 from kfac_triton.capture.state import ModuleState, Opening
 from kfac_triton.capture.taps import ModuleTaps, module_use
+from kfac_triton.capture.tensors import dense
 from kfac_triton.capture.uses import MATCHERS, Recorded, Unrolled, UseRecorder, Uses, custom_layers
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "Recorded",
     "Replay",
     "Unrolled",
+    "UnseenUses",
     "UseRecorder",
     "Uses",
     "alone",
@@ -41,6 +45,7 @@ __all__ = [
     "closure_pass",
     "compiled_parts",
     "custom_layers",
+    "dense",
     "module_use",
     "sweep_inert",
     "uncheckpointed",

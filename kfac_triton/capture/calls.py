@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.autograd.graph import GradientEdge
 
 from kfac_triton.capture.inputs import Inputs
 from kfac_triton.capture.state import ModuleState
+from kfac_triton.capture.tensors import version
 
 
 class Call:
@@ -24,18 +25,18 @@ class Call:
         self.inputs = inputs
         self.ancestors = ancestors
         self.record: Any = None
-        self._versions = versions(inputs.tensors())
+        self._versions = list(map(version, inputs.tensors()))
 
     def close(self, state: ModuleState) -> None:
         """The call returned: what it received is in containers of its own, and no tensor that the call wrote to."""
         assert self.inputs.opening is not None
         args, kwargs = state.closing(self.inputs.opening)
         self.inputs = self.inputs._replace(args=args, kwargs=kwargs)
-        self._versions = versions(self.inputs.tensors())
+        self._versions = list(map(version, self.inputs.tensors()))
 
     def check_unwritten(self) -> None:
         """Raises RuntimeError where an input was written to since the call, so that it cannot be repeated."""
-        if versions(self.inputs.tensors()) != self._versions:
+        if list(map(version, self.inputs.tensors())) != self._versions:
             raise RuntimeError(
                 "an input of the model was modified in place between its forward pass and step(); "
                 "pass a copy of it to the model, or move the write behind step()"
@@ -91,8 +92,3 @@ def ancestors_of(inputs: Inputs, made: Mapping[int, Call]) -> dict[Call, None]:
                 known.add(following)
                 nodes.append(following)
     return found
-
-
-def versions(tensors: Iterable[Tensor]) -> list[int | None]:
-    """How often each tensor was written to; None where torch does not count."""
-    return [None if t.is_inference() else t._version for t in tensors]

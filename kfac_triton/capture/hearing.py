@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from kfac_triton.capture.compiled_calls import compiled_parts, forget_compiled_code
@@ -32,10 +33,11 @@ class Hearing:
         self._narrow = False
 
     def everything(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Hear every module of the root."""
+        """Hear every module of the root that takes hooks, which scripted ones do not."""
         self._narrow = False
         for module in self._root.modules():
-            if module not in self._modules and next(module.parameters(), None) is not None:
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            if not scripted and module not in self._modules and next(module.parameters(), None) is not None:
                 self._modules[module] = [
                     module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
                     module.register_forward_hook(self._after, with_kwargs=True, always_call=True),

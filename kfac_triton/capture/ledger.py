@@ -37,6 +37,7 @@ from kfac_triton.capture.hearing import Hearing
 from kfac_triton.capture.inputs import Autocast, Hooks, Inputs
 from kfac_triton.capture.patches import own_pass_running
 from kfac_triton.capture.state import ModuleState
+from kfac_triton.capture.tensors import nbytes
 from kfac_triton.distributed import wrapper_in_forward
 
 log = logging.getLogger("kfac_triton")
@@ -264,7 +265,7 @@ class Ledger(Hooks):
     def _keep(self, call: Call) -> None:
         if call in self._pending:
             return
-        size = sum(t.nbytes for t in call.inputs.tensors())
+        size = sum(map(nbytes, call.inputs.tensors()))
         if self._pending and self._bytes + size > MAX_KEPT_BYTES:
             if not self._full:
                 log.warning("a step's inputs exceed %d bytes; the later ones stay out of the factors", MAX_KEPT_BYTES)

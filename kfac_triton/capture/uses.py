@@ -15,12 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from kfac_triton.blocks import conv, embedding, linear, norm, recurrent
 from kfac_triton.blocks.custom import CustomUse, LayerBlock
 from kfac_triton.blocks.use import Part, Use, part_of
+from kfac_triton.capture.paths import DERIVATIVES, Call, UnseenUses, nodes_of
+from kfac_triton.capture.tensors import packed
 
 MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
     **linear.MATCHERS,
@@ -39,10 +42,13 @@ class Recorded:
     shape: torch.Size
 
     def g(self, dy: Tensor) -> Tensor:
-        return self.use.g(dy.reshape(self.shape))
+        return self.use.g(self._as_returned(dy))
 
     def g_by_images(self, dy: Tensor) -> Tensor:
-        return self.use.g_by_images(dy.reshape(self.shape))
+        return self.use.g_by_images(self._as_returned(dy))
+
+    def _as_returned(self, dy: Tensor) -> Tensor:
+        return packed(dy) if dy.is_nested else dy.reshape(self.shape)
 
 
 @dataclass(eq=False, repr=False)
@@ -115,6 +121,8 @@ class UseRecorder(TorchFunctionMode):
         ] = {}  # by the node that added a number to one; an in-place successor is another
         self._examples_second = 0
         self._claimed: Counter[nn.Parameter] = Counter()
+        self._calls: dict[Node, Call] = {}
+        self._derivatives = 0
 
     def __call__(self, t: Any) -> Part | None:
         """Which part of a known parameter t is; None where it is none, or no block of whole rows."""
@@ -134,14 +142,25 @@ class UseRecorder(TorchFunctionMode):
         finally:
             self._claimed.subtract(parameters)
 
-    def record(self, use: Use, out: Tensor) -> None:
-        """Notes a use whose outputs are `out`."""
-        self._record([use], out)
+    def calls(self) -> int:
+        """How many calls with uses were recorded so far."""
+        return len(self._calls)
+
+    def record(self, use: Use, out: Tensor, inputs: Any, since: int) -> None:
+        """Notes the use that a module makes of its weight; recorded calls `since` are calls inside that module."""
+        inside = [self._calls.pop(node) for node in list(self._calls)[since:]]
+        self._record([use], out, nodes_of(_tensors(inputs)), frozenset().union(*(call.weights for call in inside)))
+
+    def add_unseen(self, unseen: UnseenUses, z: Tensor) -> None:
+        """Counts the parameters that the outputs z depend on past every recorded use among the unsupported."""
+        found = unseen.of(z, self._known.values(), self._calls, self._derivatives)
+        self.uses.unsupported = {**found, **self.uses.unsupported}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._derivatives += func in DERIVATIVES
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
         owners = self._owners((args, kwargs)) if torch.is_grad_enabled() else ()
@@ -155,19 +174,32 @@ class UseRecorder(TorchFunctionMode):
             out = func(*args, **kwargs)
             self._moved[out.grad_fn] = owners[0]
             return out
-        matcher = MATCHERS.get(func)
-        found = matcher(self, *args, **kwargs) if matcher is not None else None
-        uses = [found] if isinstance(found, Use) else found or []
+        uses = self._matched(func, args, kwargs)
+        inputs = self._input_nodes((args, kwargs)) if uses else frozenset()
         out = func(*args, **kwargs)
         if uses and out.grad_fn is not None:
-            self._record(uses, out)
-            covered = {id(part.parameter) for use in uses for part in (use.weight, use.bias) if part is not None}
-            owners = [p for p in owners if id(p) not in covered]
+            self._record(uses, out, inputs)
+            described = _described(uses)
+            owners = [p for p in owners if id(p) not in described]
         elif all(not t.requires_grad or self._owner(t) is not None for t in _tensors(out)):
             return out
         for parameter in owners:
             self.uses.unsupported.setdefault(parameter, getattr(func, "__name__", str(func)))
         return out
+
+    def _matched(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Use]:
+        """The uses that the call will make; none of scales on jagged tensors, whose rows have no axis of examples."""
+        matcher = MATCHERS.get(func)
+        if matcher is None:
+            return []
+        nested = any(t.is_nested for t in _tensors((args, kwargs)))
+        if nested:
+            args, kwargs = tree_map(packed, (args, kwargs))
+            if any(t.is_nested for t in _tensors((args, kwargs))):  # of the strided layout, without rows
+                return []
+        found = matcher(self, *args, **kwargs)
+        uses = [found] if isinstance(found, Use) else found or []
+        return [use for use in uses if not nested or use.operation != "scale"]
 
     def _attention(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Re-enters packed attention, so that the projections inside are seen; it puts positions before examples."""
@@ -181,7 +213,9 @@ class UseRecorder(TorchFunctionMode):
 
     def _recurrent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: bool) -> Any:
         """Runs a recurrent layer step by step, and records the uses of its weights."""
+        inputs = self._input_nodes((args, kwargs)) if known else frozenset()
         out, notes = recurrent.unrolled(func, args, kwargs)
+        described: frozenset[int] = frozenset()
         for note in notes if known else ():
             weight = self(note.weight)
             if weight is None or not weight.whole or (note.outputs.grad_fn is None and not note.outputs.requires_grad):
@@ -197,9 +231,17 @@ class UseRecorder(TorchFunctionMode):
             )
             recorded = Recorded(use, get_gradient_edge(note.outputs), note.outputs.shape)
             self.uses.recorded.setdefault(weight.parameter, []).append(recorded)
+            described |= _described([use])
+        self._calls |= dict.fromkeys(nodes_of(_tensors(out)), Call(inputs, described))
         return out
 
-    def _record(self, uses: Sequence[Use], out: Tensor) -> None:
+    def _input_nodes(self, value: Any) -> frozenset[Node]:
+        return nodes_of(t for t in _tensors(value) if self._owner(t) is None)
+
+    def _record(
+        self, uses: Sequence[Use], out: Tensor, inputs: frozenset[Node], described: frozenset[int] = frozenset()
+    ) -> None:
+        self._calls |= dict.fromkeys(nodes_of([out]), Call(inputs, described | _described(uses)))
         # An operation may return a full view of its result; an in-place successor moves the view's place in the graph,
         # never the base's.
         base = out._base if out._is_view() and out._base is not None else out
@@ -237,6 +279,10 @@ class UseRecorder(TorchFunctionMode):
         return self._moved.get(node)
 
 
+def _described(uses: Iterable[Use]) -> frozenset[int]:
+    return frozenset(id(part.parameter) for use in uses for part in (use.weight, use.bias) if part is not None)
+
+
 def _moved_by_a_number(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The tensor whose gradient the result has, in 1 + w, as norms have it that hold the rest of their scale."""
     if len(args) != 2 or "out" in kwargs or func not in (*embedding.SUMS, *embedding.DIFFERENCES):
@@ -257,15 +303,15 @@ def custom_layers(
         yield
         return
     handles: list[Any] = []
-    open_claims: list[tuple[nn.Module, Any]] = []
+    open_claims: list[tuple[Any, int]] = []
 
     def before(layer: nn.Module, args: tuple[Any, ...]) -> None:
         claim = recorder.claimed(list(layer.parameters(recurse=False)))
         claim.__enter__()
-        open_claims.append((layer, claim))
+        open_claims.append((claim, recorder.calls()))
 
     def after(layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        _, claim = open_claims.pop()
+        claim, before_it = open_claims.pop()
         claim.__exit__(None, None, None)
         block = next(block for kind, block in blocks.items() if type(layer) is kind)
         weight = recorder(getattr(layer, block.weight))
@@ -275,7 +321,7 @@ def custom_layers(
             inputs = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
             x = next((a for a in inputs if isinstance(a, Tensor)), y.detach())
             use = CustomUse(weight, bias, x, transposed=block.transposed, block=block, layer=layer, inputs=inputs)
-            recorder.record(use, y)
+            recorder.record(use, y, args, since=before_it)
 
     for layer in module.modules():
         if type(layer) in blocks:
