@@ -27,8 +27,9 @@ class Members:
         self._forms = [_form(p) for p in listed]
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         for child in module.modules():
-            for table in (child._parameters, child._modules):
-                self._places += [(table, key, value) for key, value in table.items()]
+            if not isinstance(child, torch.jit.ScriptModule):  # whose parts stay what they are
+                for table in (child._parameters, child._modules):
+                    self._places += [(table, key, value) for key, value in table.items()]
 
     def current(self, listed: list[nn.Parameter]) -> bool:
         """Whether nothing changed, if the groups now list these parameters."""

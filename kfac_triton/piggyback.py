@@ -23,9 +23,11 @@ from kfac_triton.capture import (
     Ledger,
     Listener,
     Recorded,
+    UnseenUses,
     UseRecorder,
     compiled_parts,
     custom_layers,
+    unseen_uses,
 )
 from kfac_triton.distributed import Ranks
 from kfac_triton.fisher import FisherPass, Seen, SeenUse, mixed_seed, tensor_of_outputs
@@ -75,6 +77,7 @@ class Piggyback(Listener):
         armed: bool,
     ) -> None:
         self.armed = armed
+        self._unseen = UnseenUses()
         self._layers = False
         self._sampling = sampling
         self._parameters, self._ranks, self._due = parameters, ranks, due
@@ -131,10 +134,13 @@ class Piggyback(Listener):
             for recorded in own
             if recorded.edge is not None
         ]
-        for c in behind:
-            here.seen.unsupported.update(c.record.recorder.uses.unsupported)
+        recorders = [c.record.recorder for c in behind]
+        here.seen.unsupported |= unseen_uses(recorders, self._unseen, edge.node)
+        for recorder in recorders:
+            here.seen.unsupported |= recorder.uses.unsupported
         number = len(here.seen.roots) + sum(len(seen.roots) for seen in self._counted)
         seed = mixed_seed(self._sampling.seed, update, number + (self._ranks.rank << 32))
+        self._sampling.check_outputs(call.inputs, call.record.z)
         directions, valid, examples = self._sampling.directions(call.inputs, call.record.z, seed, here.seen)
         here.seen.roots.append(edge.node)
         counted = None if valid is None else valid.flatten()
@@ -164,7 +170,10 @@ class Piggyback(Listener):
         """What the passes of this step gave; None where one of its calls was not recorded."""
         found, self._counted = self._counted, []
         self._layers = False
-        if not found or any(call.record is None for call in kept):
+        recorded = all(call.record is not None for call in kept)
+        for call in kept:
+            call.record = None  # it holds the graph
+        if not found or not recorded:
             return None
         self.armed |= any(call.ancestors for call in kept)
         seen, last = Seen(terms_per_example=found[-1].terms_per_example), 0

@@ -13,7 +13,7 @@ from small import WHOLE, closure_step, data, mlp, second_moment, train_step
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
-from kfac_triton.capture import Inputs
+from kfac_triton.capture import Inputs, ModuleState
 from kfac_triton.likelihoods import as_likelihood
 from kfac_triton.quadratic import FisherProducts
 
@@ -252,7 +252,7 @@ def test_products_of_the_quadratic_model_with_a_derivative(inside):
 
     m, x = Force(), dense.randn(5, 3)
     vs = [{p: dense.randn(*p.shape, seed=i) for p in m.parameters()} for i in range(2)]
-    found = FisherProducts(m, as_likelihood("gaussian")).gram([Inputs((x,), {}, ())], vs, seed=0)
+    found = FisherProducts(ModuleState(m), as_likelihood("gaussian")).gram([Inputs(m, (x,), {})], vs, seed=0)
     us = []
     for v in vs:
         products = []

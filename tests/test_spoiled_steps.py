@@ -55,36 +55,10 @@ class Distances(nn.Module):
         return self.b(torch.cdist(h, h[:8].detach()))
 
 
-class Once(torch.autograd.Function):
-    """Neither forward-mode derivatives nor a second backward pass."""
-
-    @staticmethod
-    def forward(ctx, x):
-        y = torch.tanh(x)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (y,) = ctx.saved_tensors
-        return grad * (1 - y * y)
-
-
-class Opaque(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(Once.apply(self.a(x)))
-
-
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", [Distances, Opaque])
-def test_no_silent_standstill_where_the_quadratic_model_is_missing(kind, mode, caplog):
+def test_no_silent_standstill_where_the_quadratic_model_is_missing(mode, caplog):
     torch.manual_seed(0)
-    model = kind()
+    model = Distances()
     optimizer = KFAC(model, likelihood="categorical", compile=False, **MODES[mode])
     start = damping(optimizer)
     losses = [closure_step(optimizer, model, X, Y) for _ in range(30)]
@@ -92,7 +66,7 @@ def test_no_silent_standstill_where_the_quadratic_model_is_missing(kind, mode, c
     assert damping(optimizer) == start
     assert counted_step(optimizer, model) == 1
     (message,) = caplog.messages
-    assert ("is not finite" if kind is Distances else "cannot be computed (") in message
+    assert "is not finite" in message
     told = optimizer.diagnostics()
     assert told["predicted_reduction"] is None and told["lr"] > 0
     assert told["momentum"] == (0.9 if mode in ("lr", "damping") else 0)

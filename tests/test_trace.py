@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from kfac_triton.capture import ModuleState
 from kfac_triton.capture import state as module_state
+from kfac_triton.distributed import Ranks
 from kfac_triton.objective import Objective
 
 
@@ -82,7 +83,7 @@ def test_the_objective_is_asked_in_the_state_of_the_first_call(kind):
 
     state = ModuleState(model)
     for _ in range(2):
-        objective = Objective(closure, state, list(model.parameters()))
+        objective = Objective(closure, state, list(model.parameters()), Ranks(model))
         objective.call()
         for objective.forward_only in (True, False):
             assert objective.loss() == objective.first

@@ -19,7 +19,7 @@ from kfac_triton.capture.replay import Replay
 from kfac_triton.capture.state import ModuleState, Opening
 from kfac_triton.capture.taps import ModuleTaps, module_use
 from kfac_triton.capture.tensors import dense
-from kfac_triton.capture.uses import MATCHERS, Recorded, Unrolled, UseRecorder, Uses, custom_layers
+from kfac_triton.capture.uses import MATCHERS, Recorded, Unrolled, UseRecorder, Uses, custom_layers, unseen_uses
 
 __all__ = [
     "MATCHERS",
@@ -49,5 +49,6 @@ __all__ = [
     "module_use",
     "sweep_inert",
     "uncheckpointed",
+    "unseen_uses",
     "watched_calls",
 ]

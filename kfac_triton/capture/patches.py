@@ -211,8 +211,9 @@ def kept_gradients(leaves: Iterable[Tensor] = (), *, backward: bool = True) -> I
     def keep(tensors: Iterable[Tensor]) -> None:
         for t in tensors:
             if id(t) not in before:
-                before[id(t)] = (t, t.grad)
-                t.grad = None
+                with torch._C.DisableTorchFunction():  # a recorder of uses would take this for one
+                    before[id(t)] = (t, t.grad)
+                    t.grad = None
 
     def run_backward(original: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
         if backward:

@@ -48,28 +48,28 @@ class UnseenUses:
         self._found: dict[nn.Parameter, str] = {}
 
     def of(
-        self, z: Tensor, parameters: Collection[nn.Parameter], calls: Mapping[Node, Call], derivatives: int
+        self, root: Node | None, parameters: Collection[nn.Parameter], calls: Mapping[Node, Call], derivatives: int
     ) -> dict[nn.Parameter, str]:
-        """`derivatives`: how many were taken in the pass that made the outputs z."""
-        if z.grad_fn is None:
+        """`root`: the node of the outputs. `derivatives`: how many were taken in the pass that made them."""
+        if root is None:
             return {}
-        nodes = z.grad_fn._sequence_nr() - next(iter(calls), z.grad_fn)._sequence_nr()
+        nodes = root._sequence_nr() - next(iter(calls), root)._sequence_nr()
         graph = (nodes, len(calls), derivatives, tuple(map(id, parameters)))
         if graph != self._graph or not calls:
             self._graph = graph
             self._found = {
                 p: "a derivative" if derivatives else f"{node}, which no function call shows"
-                for p, node in unrecorded(z, parameters, calls).items()
+                for p, node in unrecorded(root, parameters, calls).items()
             }
         return self._found
 
 
-def unrecorded(z: Tensor, parameters: Iterable[nn.Parameter], calls: Mapping[Node, Call]) -> dict[nn.Parameter, str]:
-    """The parameters that z reaches past every recorded call, each with the name of the node that uses it there."""
+def unrecorded(root: Node, parameters: Iterable[nn.Parameter], calls: Mapping[Node, Call]) -> dict[nn.Parameter, str]:
+    """The parameters that `root` reaches past every recorded call, each with the name of the node that uses it."""
     leaves = {get_gradient_edge(p).node: p for p in parameters if p.requires_grad}
     found: dict[nn.Parameter, str] = {}
     seen: set[Any] = {None}
-    ahead: list[Node] = [] if z.grad_fn is None else [z.grad_fn]
+    ahead: list[Node] = [root]
     while ahead:
         node = ahead.pop()
         if node in seen:

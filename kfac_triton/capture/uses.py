@@ -153,14 +153,13 @@ class UseRecorder(TorchFunctionMode):
 
     def add_unseen(self, unseen: UnseenUses, z: Tensor) -> None:
         """Counts the parameters that the outputs z depend on past every recorded use among the unsupported."""
-        found = unseen.of(z, self._known.values(), self._calls, self._derivatives)
-        self.uses.unsupported = {**found, **self.uses.unsupported}
+        self.uses.unsupported = {**unseen_uses([self], unseen, z.grad_fn), **self.uses.unsupported}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self._derivatives += func in DERIVATIVES
+        self._derivatives += getattr(func, "__wrapped__", func) in DERIVATIVES
         if func is F.multi_head_attention_forward:
             return self._attention(func, args, kwargs)
         owners = self._owners((args, kwargs)) if torch.is_grad_enabled() else ()
@@ -292,6 +291,12 @@ def _moved_by_a_number(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
         return left
     swapped = isinstance(left, (int, float)) and isinstance(right, Tensor) and func in embedding.SUMS and not kwargs
     return right if swapped else None
+
+
+def unseen_uses(recorders: Sequence[UseRecorder], unseen: UnseenUses, root: Node | None) -> dict[nn.Parameter, str]:
+    """The parameters that the outputs of these passes, the first one's at `root`, depend on past every recorded use."""
+    calls = {node: call for recorder in reversed(recorders) for node, call in recorder._calls.items()}
+    return unseen.of(root, recorders[0]._known.values(), calls, sum(recorder._derivatives for recorder in recorders))
 
 
 @contextmanager
