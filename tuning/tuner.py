@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -229,10 +229,13 @@ class Tuning:
             raise Mistake(f"--join: there is no study {self.name!r} in {where}; begin it without --join")
         main = self._open(self._study_name("kfac"), pruner(asked["prune"], asked["trials"]))
         stored = main.user_attrs.get("plan")
-        if there and (stored is None or stored.get("version") != VERSION):
+        begun = stored is not None or bool(main.get_trials(deepcopy=False))
+        if begun and (stored is None or stored.get("version") != VERSION):
             raise Mistake(f"study {self.name!r} in {where} is none of this version of kfac-tune; name another --study")
         held = None if stored is None else Plan(**{**stored, "baselines": tuple(stored["baselines"])})
-        if self.joined and held is not None:
+        if self.joined:
+            if held is None:
+                raise Mistake(f"--join: study {self.name!r} in {where} has no plan yet; run kfac-tune without --join")
             if held.signature != self.signature:
                 raise Mistake(f"--join: study {self.name!r} is of another model; join it with its own task")
             return held
@@ -280,8 +283,8 @@ class Tuning:
         model = self.task.model().to(self.device)
         begun = time.perf_counter()
         evaluate(self.task, model, self.device)
-        most = EVALUATING * seconds / (time.perf_counter() - begun)
-        return next((number for number in EVALUATIONS if number <= most), EVALUATIONS[-1])
+        spent, most = time.perf_counter() - begun, EVALUATING * seconds
+        return next((number for number in EVALUATIONS if number * spent <= most), EVALUATIONS[-1])
 
     def _end_of_defaults(self, main: optuna.Study, seconds: float, evaluations: int) -> float:
         """What the default settings end with, the median of three seeds."""
@@ -360,17 +363,19 @@ class Tuning:
             self._searcher(name, study, self._search_deadline(len(self.studies) - place)).go(stay=stay)
 
     def _enqueue(self) -> None:
-        """Puts what is known into the queues of studies that have not begun."""
+        """Puts what is known into the queues. Each study keeps the list, so that a call that goes on has the same."""
         for name, study in self.studies.items():
-            if study.get_trials(deepcopy=False):
-                continue
             search = self._searcher(name, study, math.inf)
-            if name == "kfac":
-                known = settings_of.starts(search.space, self._earlier())
-            else:
-                known = {ORDINALS[place]: start for place, start in enumerate(search.space.starts)}
-            for start, setting in known.items():
-                search.trials.enqueue(search.space.drawn(setting), start)
+            if "starts" not in study.user_attrs:
+                known = {start: search.space.drawn(setting) for start, setting in self._starts(name, search.space)}
+                study.set_user_attr("starts", known)
+            for start, setting in study.user_attrs["starts"].items():
+                search.trials.enqueue(setting, start)
+
+    def _starts(self, name: str, space: Space) -> Iterable[tuple[str, dict[str, Any]]]:
+        if name == "kfac":
+            return settings_of.starts(space, self._earlier()).items()
+        return zip(ORDINALS, space.starts, strict=False)
 
     def _searcher(self, name: str, study: optuna.Study, deadline: float) -> Search:
         kfac = name == "kfac"
