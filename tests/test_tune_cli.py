@@ -221,7 +221,7 @@ def test_what_is_wrong_with_a_task_is_one_line(folder, capfd, task, said):
         (["--pruner", "asha"], "--pruner asha: one of"),
         (["--target", "best"], "--target best: a number, or defaults"),
         (["--device", "cuda:7"], "no such device"),
-        (["--timeout", "0"], "--timeout 0: a number above 0"),
+        (["--timeout", "0"], "--timeout 0: a positive number"),
     ],
 )
 def test_what_is_wrong_with_an_option_is_one_line(folder, capfd, more, said):

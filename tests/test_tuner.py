@@ -288,8 +288,8 @@ def test_a_leader_that_stalls_on_another_seed_has_not_won(monkeypatch):
     ("change", "said"),
     [
         ({"trials": 0}, "--trials 0: at least 1"),
-        ({"seconds": 0.0}, "--seconds 0: a number above 0"),
-        ({"timeout": -1.0}, "--timeout -1: a number above 0"),
+        ({"seconds": 0.0}, "--seconds 0: a positive number"),
+        ({"timeout": -1.0}, "--timeout -1: a positive number"),
         ({"jobs": 0}, "--jobs 0"),
         ({"seeds": 0}, "--seeds 0"),
         ({"jobs": 2}, "needs a --storage that the processes share"),

@@ -35,17 +35,16 @@ from kfac_triton.tuning.baselines import ENTRANTS, Entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.evidence import summary, verdict
 from kfac_triton.tuning.objective import Objective
-from kfac_triton.tuning.plan import LEADERS, REPEATS, SLOWER, VERSION, Plan, check, seconds_for, short_spec
+from kfac_triton.tuning.plan import HELD_OUT, LEADERS, REPEATS, SLOWER, VERSION, Plan, check, seconds_for, short_spec
 from kfac_triton.tuning.problems import find_task
 from kfac_triton.tuning.search import EVALUATIONS, Kind, OutOfTime, Runs, Search, Watch, measure, pruner
 from kfac_triton.tuning.space import SPACES, Space
-from kfac_triton.tuning.storage import LOST, open_storage
+from kfac_triton.tuning.storage import check_storage, lost, open_storage
 from kfac_triton.tuning.store import write_json
 from kfac_triton.tuning.task import Task, one_line
 from kfac_triton.tuning.trainer import evaluate
 from kfac_triton.tuning.trials import HOST, REACHED, Result, Trials
 
-HELD_OUT = 10_000  # the first seed that no search has seen
 ORDINALS = ("first", "second", "third")  # what the starts of a baseline are called
 COMPILED_FROM = 30.0  # seconds of a run: shorter ones would mostly compile
 TILE_SECONDS = 900.0  # of a timeout that must be left for kernel tiles to be measured
@@ -145,7 +144,7 @@ def tune(
         return work.go(tiles)
     except KeyboardInterrupt:
         raise Interrupted(work.standing()) from None
-    except LOST as error:
+    except lost() as error:
         raise _lost(storage, error) from error
 
 
@@ -170,7 +169,7 @@ def join(task: str, storage: str, study: str | None = None, *, worker: int | Non
     work = Tuning(task, joined=True, worker=number, **asked)
     try:
         work.join()
-    except LOST as error:
+    except lost() as error:
         raise _lost(storage, error) from error
 
 
@@ -189,6 +188,9 @@ class Tuning:
         self.asked, self.joined, self.worker = asked, joined, worker
         self.note: Note = asked["note"]
         check(asked, task)
+        if asked["storage"] is not None:
+            check_storage(asked["storage"], asked["jobs"])
+        self.space = settings_of.read_space(asked["space"], asked["fix"])
         self.deadline = math.inf if asked["timeout"] is None else self.begun + asked["timeout"]
         self.device = environment.find_device(asked["device"])
         self.spec = task if isinstance(task, str) else task.name or "task"
@@ -206,7 +208,6 @@ class Tuning:
             else open_storage(asked["storage"], asked["jobs"])
         )
         self.name = asked["study"] or short_spec(self.spec)
-        self.space = settings_of.read_space(asked["space"], asked["fix"])
         self.plan = self._plan()
         self.seeds = asked["seeds"]
         self.tiles: str | None = None
@@ -349,7 +350,7 @@ class Tuning:
             "task": self.spec, "storage": asked["storage"], "study": self.name,
             "space": None if asked["space"] is None else str(asked["space"]), "fix": list(asked["fix"]),
             "device": str(self.device), "data": None if asked["data"] is None else str(asked["data"]),
-            "compile": self.compile, "timeout": left, "jobs": asked["jobs"],
+            "compile": self.compile, "timeout": left, "jobs": asked["jobs"], "parent": os.getpid(),
         }  # fmt: skip
         command = [sys.executable, "-m", "kfac_triton.tuning.worker"]
         return [
@@ -617,10 +618,7 @@ def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Raises: Mistake: it can't be written; what was there is still whole."""
     tuned.check(content, str(path))
-    try:
-        write_json(path, dict(content))
-    except OSError as error:
-        raise Mistake(f"--out {path} cannot be written: {error.strerror}; name another file") from error
+    write_json(path, dict(content), f"--out {path}")
 
 
 def _short(value: Any) -> str:
