@@ -1,14 +1,11 @@
-"""One measured run, in this process or in a fresh one.
+"""One measured run, in this process or in a fresh one: `python -m kfac_triton.benchmarks.worker JOB.json RESULT.json`.
 
-`python -m kfac_triton.benchmarks.worker JOB.json RESULT.json PARENT`, the last being the number of the process that it
-ends with. A fresh process makes peak memory and compilation the run's own. It prints a line of JSON at every
-evaluation.
+A fresh process makes peak memory and compilation the run's own. It prints a line of JSON at every evaluation.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +19,7 @@ import torch
 from kfac_triton.tuning import environment
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.errors import Mistake
-from kfac_triton.tuning.orphans import end_with
+from kfac_triton.tuning.orphans import worker_command
 from kfac_triton.tuning.problems import find_task
 from kfac_triton.tuning.store import read_json, write_json
 from kfac_triton.tuning.task import Task
@@ -86,7 +83,7 @@ def measure_apart(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="kfac-bench-") as folder:
         asked, answered, complaint = (Path(folder) / name for name in ("job.json", "result.json", "stderr"))
         write_json(asked, asdict(job))
-        command = [sys.executable, "-m", __name__, str(asked), str(answered), str(os.getpid())]
+        command = worker_command(__name__, str(asked), str(answered))
         with (
             complaint.open("w") as errors,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
@@ -110,8 +107,7 @@ def measure_apart(job: Job, progress: Progress | None = None) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    asked, answered = (Path(argument) for argument in arguments[:2])
-    end_with(int(arguments[2]))
+    asked, answered = (Path(argument) for argument in arguments)
     try:
         record = measure(Job(**read_json(asked)), progress=lambda point: print(json.dumps(asdict(point)), flush=True))
     except Mistake as mistake:

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 
 LOOK = 0.5  # seconds between two looks at the parent
 GRACE = 3.0  # seconds for an orderly end
+BEGIN = """
+import runpy, sys
+_, orphans, parent, module, *arguments = sys.argv
+runpy.run_path(orphans)["end_with"](int(parent))
+sys.argv = [module, *arguments]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def worker_command(module: str, *arguments: str) -> list[str]:
+    """The command line `python -m MODULE ARGUMENTS` of a worker that ends with this process.
+
+    It watches from the start, before the package and torch are imported; so this file imports neither.
+    """
+    return [sys.executable, "-c", BEGIN, __file__, str(os.getpid()), module, *arguments]
 
 
 def end_with(parent: int) -> None:

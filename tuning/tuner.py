@@ -15,7 +15,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +34,7 @@ from kfac_triton.tuning.baselines import ENTRANTS, Entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.evidence import summary, verdict
 from kfac_triton.tuning.objective import Objective
+from kfac_triton.tuning.orphans import worker_command
 from kfac_triton.tuning.plan import HELD_OUT, LEADERS, REPEATS, SLOWER, VERSION, Plan, check, seconds_for, short_spec
 from kfac_triton.tuning.problems import find_task
 from kfac_triton.tuning.search import EVALUATIONS, Kind, OutOfTime, Runs, Search, Watch, measure, pruner
@@ -350,12 +350,10 @@ class Tuning:
             "task": self.spec, "storage": asked["storage"], "study": self.name,
             "space": None if asked["space"] is None else str(asked["space"]), "fix": list(asked["fix"]),
             "device": str(self.device), "data": None if asked["data"] is None else str(asked["data"]),
-            "compile": self.compile, "timeout": left, "jobs": asked["jobs"], "parent": os.getpid(),
+            "compile": self.compile, "timeout": left, "jobs": asked["jobs"],
         }  # fmt: skip
-        command = [sys.executable, "-m", "kfac_triton.tuning.worker"]
-        return [
-            subprocess.Popen([*command, json.dumps({**orders, "worker": index})]) for index in range(1, asked["jobs"])
-        ]
+        each = [json.dumps({**orders, "worker": index}) for index in range(1, asked["jobs"])]
+        return [subprocess.Popen(worker_command("kfac_triton.tuning.worker", one)) for one in each]
 
     def _search(self, *, stay: bool = True) -> None:
         self.asked["watch"]("plan", self.plan)

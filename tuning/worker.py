@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from kfac_triton.tuning.errors import Mistake
-from kfac_triton.tuning.orphans import end_with
 from kfac_triton.tuning.tuner import join
 
 MISTAKE = 2
@@ -22,7 +21,6 @@ def main(text: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its helpers
     signal.signal(signal.SIGTERM, _leave)
     orders: dict[str, Any] = json.loads(text)
-    end_with(orders.pop("parent"))
     torch.set_num_threads(max(1, torch.get_num_threads() // orders["jobs"]))
     folders = {name: None if orders[name] is None else Path(orders[name]) for name in ("space", "data")}
     try:
