@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from failing import Failing, Killed, full
 from optuna.storages import BaseStorage, InMemoryStorage, get_storage
 from optuna.trial import TrialState
 from torch import nn
@@ -28,10 +28,6 @@ from kfac_triton.tuning.storage import JournalFileBackend, open_storage
 from kfac_triton.tuning.trainer import Point, Run
 from kfac_triton.tuning.trials import Trials, attempts, start_of
 
-WRITES = (
-    "create_new_study", "set_study_user_attr", "create_new_trial", "set_trial_param", "set_trial_state_values",
-    "set_trial_intermediate_value", "set_trial_user_attr",
-)  # fmt: skip
 SPACE = Space(
     {
         "kind": Choice(("plain", "curved")),
@@ -53,35 +49,6 @@ TASK = Task(
     "categorical",
     name="made up",
 )
-
-
-class Killed(BaseException):
-    """SIGKILL: whoever was at work does nothing more."""
-
-
-class Failing:
-    """A storage whose writes raise `error` from the one after `writes` on: `lost` when that was reached."""
-
-    def __init__(self, storage: BaseStorage, writes: int, error: Callable[[], BaseException]) -> None:
-        self.storage, self.left, self.error, self.lost = storage, writes, error, False
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self.storage, name)
-        if name not in WRITES:
-            return found
-
-        def write(*arguments: Any, **options: Any) -> Any:
-            self.left -= 1
-            if self.left < 0:
-                self.lost = True
-                raise self.error()
-            return found(*arguments, **options)
-
-        return write
-
-
-def full() -> OSError:
-    return OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture(params=["memory", "journal", pytest.param("sqlite", marks=pytest.mark.slow)])

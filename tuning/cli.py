@@ -202,11 +202,12 @@ def run(
                 storage=storage, study=study, jobs=jobs, seed=seed, seeds=seeds,
                 baselines=_names(baselines), prune=pruner, tiles=tiles, begun=STARTED, **own,
             )  # fmt: skip
+            view.watch("phase", (f"writing {out} and {html}", 0))
+            result.save(out)
+            result.report(html)
     except tuner.Interrupted as standing:
         typer.echo(f"kfac-tune: interrupted; {standing}; the same command goes on: {' '.join(sys.argv)}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    result.save(out)
-    result.report(html)
     if as_json:
         typer.echo(json.dumps(result.content, indent=1))
         return

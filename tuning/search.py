@@ -48,7 +48,7 @@ ALIKE = 3  # runs in a row that fail with the same error: it is not the settings
 WAIT = 0.5  # seconds between two looks at what others still work on
 
 Kind = tuple[str, frozenset[tuple[str, Any]]]
-Watch = Callable[[str, Any], None]  # ("plan" | "counts" | "trial" | "point" | "told", what)
+Watch = Callable[[str, Any], None]  # ("phase" | "counts" | "trial" | "run" | "point" | "told" | "ran", what)
 
 
 class OutOfTime(Exception):
@@ -208,6 +208,7 @@ class Search:
             raise
         result = replace(result, start=outcomes.start_of(trial), number=trial.number)
         if self.trials.tell(trial, result):
+            self.watch("counts", self.trials.counts())
             self.watch("told", result)
         self._check_failures()
         return True

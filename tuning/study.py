@@ -117,9 +117,10 @@ class Search:
         )
 
     def rows(self) -> list[TrialRow]:
-        """The settings that have run, counted from 0; one that was interrupted has not."""
-        ran = [trial for trial in self.study.trials if trial.state.is_finished() and "run" in trial.user_attrs]
-        return [_row(number, trial) for number, trial in enumerate(ran)]
+        """The settings that were told, counted from 0."""
+        return [
+            _row(number, trial) for number, trial in enumerate(self.study.get_trials(states=(TrialState.COMPLETE,)))
+        ]
 
     def _next(self) -> TrialRow:
         done = len(self.rows())

@@ -42,7 +42,7 @@ from kfac_triton.tuning.space import SPACES, Space
 from kfac_triton.tuning.storage import check_storage, lost, open_storage
 from kfac_triton.tuning.store import write_json
 from kfac_triton.tuning.task import Task, one_line
-from kfac_triton.tuning.trainer import evaluate
+from kfac_triton.tuning.trainer import Point, evaluate
 from kfac_triton.tuning.trials import HOST, REACHED, Result, Trials
 
 ORDINALS = ("first", "second", "third")  # what the starts of a baseline are called
@@ -130,7 +130,8 @@ def tune(
         compile: K-FAC's step; by default in trials of 30 s and more.
         tiles: on a GPU, measure kernel tiles for the task's shapes too.
         begun: when the time began, on the monotonic clock; by default now.
-        note, watch: told of each stage in words, and of each trial (`search.Watch`).
+        note, watch: told in words what begins and what came out of it, and of each phase, trial and run
+            (`search.Watch`).
 
     Raises:
         Mistake: the task or an option; Interrupted: by Ctrl-C, and the same call goes on.
@@ -187,6 +188,7 @@ class Tuning:
         self.begun = time.monotonic() if begun is None else begun
         self.asked, self.joined, self.worker = asked, joined, worker
         self.note: Note = asked["note"]
+        self.watch: Watch = asked["watch"]
         check(asked, task)
         if asked["storage"] is not None:
             check_storage(asked["storage"], asked["jobs"])
@@ -194,6 +196,7 @@ class Tuning:
         self.deadline = math.inf if asked["timeout"] is None else self.begun + asked["timeout"]
         self.device = environment.find_device(asked["device"])
         self.spec = task if isinstance(task, str) else task.name or "task"
+        self.watch("phase", (f"loading {self.spec} and trying a step of it", 0))
         self.task = (
             find_task(task, asked["data"], self.device) if isinstance(task, str) else replace(task, name=self.spec)
         )
@@ -293,8 +296,9 @@ class Tuning:
         runs = Runs(self.task, objective, seed, self.device, evaluations, False, self.deadline)
         runs = replace(runs, ledger=self.ledger, warmed=self.warmed)
         contender = Contender("defaults", ENTRANTS["kfac"], {})
-        first = self.asked["seed"]
-        ends = [self._kept(main, "target", contender, seed, runs).value for seed in range(first, first + 3)]
+        seeds = range(self.asked["seed"], self.asked["seed"] + 3)
+        self._phase("measuring the target, which the defaults end with", len(seeds))
+        ends = [self._kept(main, "target", contender, seed, runs, f"defaults, seed {seed}").value for seed in seeds]
         return float(f"{median(ends):.4g}")
 
     # ----------------------------------------------------------------------------------------------------- the stages
@@ -319,6 +323,11 @@ class Tuning:
         runs = self._measured(winners)
         return self._result(winners, runs)
 
+    def _phase(self, text: str, runs: int = 0) -> None:
+        """What begins, and how many runs it has."""
+        self.watch("phase", (text, runs))
+        self.note(text)
+
     def _measure_tiles(self) -> None:
         from kfac_triton.kernels._launch import triton
         from kfac_triton.tuning.tiles import measured_for
@@ -326,7 +335,7 @@ class Tuning:
         if triton is None or self.deadline - time.monotonic() < TILE_SECONDS:
             self.note("kernel tiles: not measured, for want of triton or of time; kfac-tune kernels does it apart")
             return
-        self.note("measuring kernel tiles")
+        self._phase("measuring kernel tiles")
         self.tiles = measured_for(self.task, self.device).name
 
     def standing(self) -> str:
@@ -356,9 +365,9 @@ class Tuning:
         return [subprocess.Popen(worker_command("kfac_triton.tuning.worker", one)) for one in each]
 
     def _search(self, *, stay: bool = True) -> None:
-        self.asked["watch"]("plan", self.plan)
         for place, (name, study) in enumerate(self.studies.items()):
-            self.note(f"searching {name}: {self.plan.trials} trials of at most {self.plan.seconds:g} s")
+            text = f"searching {name}: {self.plan.trials} trials of at most {self.plan.seconds:g} s"
+            self._phase(text, self.plan.trials)
             self._searcher(name, study, self._search_deadline(len(self.studies) - place)).go(stay=stay)
 
     def _enqueue(self) -> None:
@@ -383,7 +392,7 @@ class Tuning:
         entrant = SEARCHED if kfac else ENTRANTS[name]
         trials = Trials(study, self.plan.trials)
         core = settings_of.CORE if kfac else ()
-        return Search(runs, entrant, space, trials, self.plan.pruner, core, self.asked["watch"], self.worker)
+        return Search(runs, entrant, space, trials, self.plan.pruner, core, self.watch, self.worker)
 
     @property
     def objective(self) -> Objective:
@@ -429,13 +438,15 @@ class Tuning:
         search = self._searcher(name, study, self._last_call())
         leaders = _best(search.trials.results())[:LEADERS]
         ranked: list[tuple[float, int, Result, float]] = []
+        self._phase(f"measuring {name}'s best {len(leaders)} on {REPEATS} other seeds", len(leaders) * REPEATS)
         for place, leader in enumerate(leaders):
             contender = Contender(name, search.entrant, leader.setting)
-            others = [
-                result
-                for seed in range(self.plan.seed + 1, self.plan.seed + 1 + REPEATS)
-                if (result := self._kept(study, "leader", contender, seed, search.runs, late=True)) is not None
-            ]
+            others = []
+            for seed in range(self.plan.seed + 1, self.plan.seed + 1 + REPEATS):
+                label = f"{name}, leader {place + 1}, seed {seed}"
+                result = self._kept(study, "leader", contender, seed, search.runs, label, late=True)
+                if result is not None:
+                    others.append(result)
             every = [leader, *others]
             rate = median(result.steps / max(result.seconds, 1e-9) for result in every)
             value = fmean(result.value for result in others) if others else math.inf
@@ -460,8 +471,8 @@ class Tuning:
         contenders = list(self._contenders(winners))
         found: dict[str, list[Result]] = {contender.name: [] for contender in contenders}
         for seed in range(HELD_OUT, HELD_OUT + self.seeds):
-            self.note(f"measuring on held-out seed {seed - HELD_OUT + 1} of {self.seeds}")
-            row = [self._kept(main, "held-out", contender, seed, runs, late=True) for contender in contenders]
+            self._phase(f"measuring on held-out seed {seed - HELD_OUT + 1} of {self.seeds}", len(contenders))
+            row = [self._kept(main, "held-out", one, seed, runs, one.name, late=True) for one in contenders]
             if None in row:
                 break  # out of time: a seed that not all have run says nothing
             for contender, result in zip(contenders, row, strict=True):
@@ -485,9 +496,18 @@ class Tuning:
         return max(1, round(winner[1] * self.plan.seconds))
 
     def _kept(
-        self, study: optuna.Study, stage: str, contender: Contender, seed: int, runs: Runs, *, late: bool = False
+        self,
+        study: optuna.Study,
+        stage: str,
+        contender: Contender,
+        seed: int,
+        runs: Runs,
+        label: str,
+        *,
+        late: bool = False,
     ) -> Any:
-        """A run that the study may already have; None if there is no time for it, where that may be (`late`)."""
+        """A run that the study may already have; None if there is no time for it, where that may be (`late`). Whoever
+        watches knows it by its `label`."""
         text = json.dumps(plain_arguments(contender.hyper), sort_keys=True)
         key = f"{stage} {contender.name} {hashlib.sha256(text.encode()).hexdigest()[:12]} {seed} {HOST}"
         if key in study.user_attrs:
@@ -495,13 +515,20 @@ class Tuning:
             return Result(setting=contender.hyper, **{**held, "points": [tuple(p) for p in held["points"]]})
         if late and time.monotonic() > runs.deadline:
             return None
+
+        def seen(point: Point, points: Sequence[Point]) -> str:
+            self.watch("point", (label, point))
+            return ""
+
+        self.watch("run", (label, contender.hyper))
         try:
-            result = measure(runs, contender.entrant, contender.hyper, seed)
+            result = measure(runs, contender.entrant, contender.hyper, seed, stop=seen)
         except OutOfTime:
             if late:
                 return None
             raise Mistake(f"--timeout {self.asked['timeout']:g} ended before the first run of the defaults") from None
         study.set_user_attr(key, {k: v for k, v in asdict(result).items() if k != "setting"})
+        self.watch("ran", (label, result))
         return result
 
     # ----------------------------------------------------------------------------------------------------- the result
