@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from failing import Failing, Killed, full
+from optuna.storages import InMemoryStorage
 from torch import nn
 
 from kfac_triton.tuning import Task, trainer
@@ -19,7 +20,7 @@ from kfac_triton.tuning.baselines import ENTRANTS, Entrant, build_sgd
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.schedules import SHAPES, factor
 from kfac_triton.tuning.space import SPACES, Choice, Range, Space
-from kfac_triton.tuning.storage import JournalFileBackend, open_journal
+from kfac_triton.tuning.storage import JournalFileBackend
 from kfac_triton.tuning.study import Outcome, Search, best, search
 from kfac_triton.tuning.trainer import Budget, Point, Run, train
 
@@ -273,19 +274,16 @@ KNOWN = Space({**SPACE.parameters, "end": Range(0.1, 1.0)}, {"lr": 0.03, "kind":
 def test_a_search_that_ends_at_any_write_goes_on_with_its_known_settings_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]
 ) -> None:
+    def searched(storage: object) -> Outcome | None:
+        monkeypatch.setattr(study_of, "open_journal", lambda path: storage)
+        return Search("sgd", KNOWN, tmp_path / "j", 0, 4, pretend(bowl, [])).complete(None, lambda: True)
+
     for writes in range(1000):
-        asked: list[dict[str, Any]] = []
-        journal = tmp_path / f"{writes}.journal"
-
-        def searched() -> Outcome | None:
-            return Search("sgd", KNOWN, journal, 0, 4, pretend(bowl, asked)).complete(None, lambda: True)  # noqa: B023
-
-        failing = Failing(open_journal(journal), writes, error)
-        with monkeypatch.context() as patch:
-            patch.setattr(study_of, "open_journal", lambda path: failing)  # noqa: B023
-            with contextlib.suppress(Killed, OSError):
-                searched()
-        outcome = searched()
+        storage = InMemoryStorage()
+        failing = Failing(storage, writes, error)
+        with contextlib.suppress(Killed, OSError):
+            searched(failing)
+        outcome = searched(storage)
         assert outcome is not None
         settings = [row.setting for row in outcome.trials]
         assert len(settings) == 4 and all(settings.count(start) == 1 for start in KNOWN.starts)

@@ -79,7 +79,7 @@ def test_a_pruned_trial_is_pruned_for_optuna_and_diverged_ones_have_a_value(stud
 
 def test_workers_that_race_for_the_last_trial_tell_exactly_as_many_as_were_wanted(study):
     """Eight threads, each with a connection of its own, all asking at once."""
-    wanted, barrier = 20, threading.Barrier(8)
+    wanted, barrier = 20, threading.Barrier(8, timeout=300)
 
     def run() -> None:
         trials = opened(study, wanted)

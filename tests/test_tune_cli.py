@@ -318,7 +318,7 @@ def test_a_live_table_on_a_terminal(folder):
     """On a pseudo terminal: the table is drawn, with the current curve, and gone at the end."""
     main, child = pty.openpty()
     running = subprocess.Popen(
-        [sys.executable, "-c", MAIN, *small("--trials", "4", "--seconds", "0.4")], stdout=child, stderr=child,
+        [sys.executable, "-c", MAIN, *small("--trials", "2", "--seconds", "2")], stdout=child, stderr=child,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
     )  # fmt: skip
     os.close(child)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,11 @@ def test_what_is_ours_passes_the_checks_and_is_not_touched(folder):
     check_folder("--out", folder / "a" / "b")
     check_folder("--out", folder)
     assert contents(folder) == before and ours.stat().st_mtime_ns == stamp
+
+
+def test_many_may_look_at_one_place_at_once(folder):
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: (check_file("--out", Path("x.json")), check_folder("--out", folder)), range(300)))
 
 
 def test_a_disk_that_is_full_is_seen_before_the_work(folder, monkeypatch):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from kfac_triton.tuning.errors import Mistake
@@ -34,7 +35,7 @@ def check_file(option: str, path: Path, is_ours: Callable[[bytes], bool] = lambd
             raise Mistake(f"{called} cannot be written: it is {kind}; name a file")
         if path.exists() and not is_ours(_content(path)):
             raise Mistake(f"{called} is there and was not written by this command; name another file")
-        _probe(part_of(path))
+        _probe(path)
     except OSError as error:
         raise Mistake(f"{called} cannot be written: {error.strerror}; name a file in a folder that is there") from error
 
@@ -54,7 +55,7 @@ def check_room(called: str, folder: Path) -> None:
     """As `check_folder`, for what an error calls `called`."""
     try:
         there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-        _probe(part_of(there / "probe"))
+        _probe(there / "probe")
     except OSError as error:
         raise Mistake(f"{called} cannot be written: {error.strerror}; name another place") from error
 
@@ -66,14 +67,12 @@ def _content(path: Path) -> bytes:
 
 
 def _probe(path: Path) -> None:
-    try:
-        with path.open("xb") as file:
-            file.write(bytes(PROBE))
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        with suppress(OSError):
-            path.unlink()
+    """Writes a file beside `path`, which is gone again; its name is about as long as that of `part_of`."""
+    target = Path(os.path.realpath(path))
+    with NamedTemporaryFile(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as file:
+        file.write(bytes(PROBE))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def part_of(path: Path) -> Path:

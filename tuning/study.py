@@ -118,9 +118,8 @@ class Search:
 
     def rows(self) -> list[TrialRow]:
         """The settings that were told, counted from 0."""
-        return [
-            _row(number, trial) for number, trial in enumerate(self.study.get_trials(states=(TrialState.COMPLETE,)))
-        ]
+        told = self.study.get_trials(states=(TrialState.COMPLETE,))
+        return [_row(number, trial) for number, trial in enumerate(told)]
 
     def _next(self) -> TrialRow:
         done = len(self.rows())
