@@ -19,10 +19,12 @@ class Killed(BaseException):
 
 
 class Failing:
-    """A storage whose writes raise `error` from the one after `writes` on: `lost` when that was reached."""
+    """A storage that takes so many `writes`; the next, or all others unless `once`, raise `error`, and it is `lost`."""
 
-    def __init__(self, storage: BaseStorage, writes: int, error: Callable[[], BaseException]) -> None:
-        self.storage, self.left, self.error, self.lost = storage, writes, error, False
+    def __init__(
+        self, storage: BaseStorage, writes: int, error: Callable[[], BaseException], *, once: bool = False
+    ) -> None:
+        self.storage, self.left, self.error, self.once, self.lost = storage, writes, error, once, False
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.storage, name)
@@ -31,7 +33,7 @@ class Failing:
 
         def write(*arguments: Any, **options: Any) -> Any:
             self.left -= 1
-            if self.left < 0:
+            if self.left == -1 or (self.left < 0 and not self.once):
                 self.lost = True
                 raise self.error()
             return found(*arguments, **options)

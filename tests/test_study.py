@@ -270,9 +270,10 @@ KNOWN = Space({**SPACE.parameters, "end": Range(0.1, 1.0)}, {"lr": 0.03, "kind":
 ))  # fmt: skip
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("error", [Killed, full])
 def test_a_search_that_ends_at_any_write_goes_on_with_its_known_settings_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException], again: bool
 ) -> None:
     def searched(storage: object) -> Outcome | None:
         monkeypatch.setattr(study_of, "open_journal", lambda path: storage)
@@ -280,6 +281,9 @@ def test_a_search_that_ends_at_any_write_goes_on_with_its_known_settings_whole(
 
     for writes in range(1000):
         storage = InMemoryStorage()
+        if again:
+            with pytest.raises((Killed, OSError)):
+                searched(Failing(storage, 6, error))  # in the middle of the first setting
         failing = Failing(storage, writes, error)
         with contextlib.suppress(Killed, OSError):
             searched(failing)

@@ -191,18 +191,19 @@ def test_this_process_is_alive_and_a_number_that_came_back_is_another():
 
 
 def test_a_worker_says_that_it_lives(study, monkeypatch):
-    trials, beaten = Trials(study, 1, beat=0.001), threading.Event()
+    trials, beats, beaten = Trials(study, 1, beat=0.001), [], threading.Event()
     trial = trials.claim(sampler)
     said = trial.set_user_attr
 
     def set_user_attr(key, value):
         said(key, value)
+        beats.append((key, value))
         if value == 2:
             beaten.set()
 
     monkeypatch.setattr(trial, "set_user_attr", set_user_attr)
     with trials.alive(trial):
-        assert study.trials[0].user_attrs["beat"] == 0
-        assert beaten.wait(120)
+        assert beats[0] == ("beat", 0)
+        assert beaten.wait(300)
         (beating,) = [thread for thread in threading.enumerate() if thread.name == "beat"]
     assert study.trials[0].user_attrs["beat"] >= 2 and not beating.is_alive()

@@ -175,7 +175,7 @@ class Trials:
     def _put_back(self, trial: FrozenTrial, attempt: int) -> None:
         """Queues what is known of the setting: all of one that came from the queue, however little was suggested."""
         setting = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        if setting and not self._successors(trial.number):
+        if setting:
             said = {"start": start_of(trial), "attempt": attempt, "after": trial.number}
             self.study.enqueue_trial(setting, user_attrs=said)
         self._close(trial.number)

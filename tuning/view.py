@@ -77,8 +77,8 @@ class View:
     def _begin(self, phase: str, runs: int) -> None:
         """A phase of so many runs; 0: nobody counts them."""
         self.phase, self.runs, self.running, self.curve = phase, runs, "", list[float]()
-        self.results: list[tuple[str, Result]] = []
-        self.counts: dict[str, int] = {}
+        self.results = list[tuple[str, Result]]()
+        self.counts = dict[str, int]()
 
     def _run(self, label: str, setting: Mapping[str, Any]) -> None:
         self.running, self.curve = f"{label}: {listed(setting)}", []
