@@ -118,8 +118,10 @@ def _race(request: Request, out: Path, data: Path | None, overwrite: bool, quiet
     from kfac_triton.benchmarks.race import Race, measure_overhead
     from kfac_triton.tuning.environment import find_device
     from kfac_triton.tuning.problems import find_task
+    from kfac_triton.tuning.store import check_folder
 
     check(request)
+    check_folder("--out", out)
     device = find_device(request.device)
     tasks = {spec: find_task(spec, data, device) for spec in request.tasks}
     plan = open_folder(out, request, overwrite)
@@ -144,7 +146,11 @@ def _race(request: Request, out: Path, data: Path | None, overwrite: bool, quiet
 def report(folder: Annotated[Path, typer.Argument(help="The --out folder of a run.")]) -> None:
     """Write results.json, results.csv, the pictures and index.html again."""
     from kfac_triton.benchmarks import report as report_of
+    from kfac_triton.benchmarks.plan import load_plan
+    from kfac_triton.tuning.store import check_folder
 
+    load_plan(folder)
+    check_folder("report", folder)
     results = report_of.make(folder)
     for line in report_of.summary_lines(results):
         typer.echo(line)
@@ -180,14 +186,17 @@ def step(
     """Compare the cost of one step, interleaved in one process."""
     import torch
 
-    from kfac_triton.benchmarks.step import StepOptions, compare_steps, print_costs
+    from kfac_triton.benchmarks.step import StepOptions, check, compare_steps, print_costs
+    from kfac_triton.tuning import limits
     from kfac_triton.tuning.environment import find_device
     from kfac_triton.tuning.problems import find_task
 
+    limits.whole("--threads", threads, limits.THREADS)
     torch.set_num_threads(threads or torch.get_num_threads())
     found = find_device(device)
     names = tuple(name.strip() for name in optimizers.split(","))
     options = StepOptions(names, factor_interval, inverse_interval, factor_fraction, batch, chunks, chunk, compile)
+    check(options)
     print_costs(task, options, compare_steps(find_task(task, data, found), options, found))
 
 
@@ -200,8 +209,10 @@ def kernels(
 ) -> None:
     """Check every kernel on the device against float64, then time it against torch's libraries: 8 minutes at most."""
     from kfac_triton.benchmarks import kernels as bench
+    from kfac_triton.tuning import limits
     from kfac_triton.tuning.environment import find_device
     from kfac_triton.tuning.errors import Mistake
+    from kfac_triton.tuning.store import check_folder
 
     found = find_device(device)
     names = [name.strip() for name in only.split(",") if name.strip()]
@@ -209,8 +220,9 @@ def kernels(
     strange = [name for name in names if name not in known]
     if strange:
         raise Mistake(f"--only {strange[0]}: one of {', '.join(known)}")
-    if not 0 <= seconds < math.inf:
-        raise Mistake(f"--seconds {seconds:g}: a number, 0 or more")
+    if not 0 <= seconds <= limits.SECONDS:
+        raise Mistake(f"--seconds {seconds:g}: a number of seconds, from 0 to {limits.SECONDS:g}")
+    check_folder("--out", out)
     outcomes = []
     for outcome in bench.run(found, seconds, names):
         outcomes.append(outcome)
@@ -245,7 +257,9 @@ def rival(
     from rich.console import Console
 
     from kfac_triton.benchmarks.rival import Options, compare, print_comparison
+    from kfac_triton.tuning import limits
     from kfac_triton.tuning.errors import Mistake
+    from kfac_triton.tuning.store import check_folder
 
     try:
         dampings = tuple(float(damping) for damping in grid.split(","))
@@ -253,9 +267,12 @@ def rival(
         raise Mistake(f"--grid {grid}: numbers with commas between them") from error
     if not all(0 < damping < math.inf for damping in dampings):
         raise Mistake(f"--grid {grid}: dampings above 0")
-    for option, number in (("seconds", seconds), ("grid-seconds", grid_seconds), ("seeds", seeds)):
-        if not 0 < number < math.inf:
-            raise Mistake(f"--{option} {number:g}: a positive number")
+    limits.seconds("--seconds", seconds)
+    limits.seconds("--grid-seconds", grid_seconds)
+    limits.whole("--seeds", seeds, limits.SEEDS)
+    limits.whole("--threads", threads, limits.THREADS)
+    limits.finite("--best-known", best_known)
+    check_folder("--out", out)
     torch.set_num_threads(threads or torch.get_num_threads())
     options = Options(task, python, seconds, tuple(range(1, seeds + 1)), dampings, grid_seconds)
     console = Console(highlight=False)

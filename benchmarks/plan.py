@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kfac_triton.tuning import limits
 from kfac_triton.tuning.baselines import BASELINES, find_entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.store import read_json, write_json
@@ -187,15 +188,14 @@ def check(request: Request) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise Mistake(f"{kind} {twice[0]!r} is named twice")
-    for option, value in (("seeds", request.seeds), ("trials", request.trials), ("threads", request.threads)):
-        if value is not None and value < 1:
-            raise Mistake(f"--{option} {value}: at least 1")
+    limits.whole("--seeds", request.seeds, limits.SEEDS)
+    limits.whole("--trials", request.trials, limits.TRIALS)
+    limits.whole("--threads", request.threads, limits.THREADS)
     if request.tuning_seconds is not None and request.seconds is None:
         raise Mistake(f"--tuning-seconds {request.tuning_seconds:g}: give --seconds too, those of a measured run")
-    seconds = (("seconds", request.seconds), ("tuning-seconds", request.tuning_seconds), ("budget", request.budget))
-    for option, number in seconds:
-        if number is not None and not 0 < number < float("inf"):
-            raise Mistake(f"--{option} {number:g}: a positive number of seconds")
+    limits.seconds("--seconds", request.seconds)
+    limits.seconds("--tuning-seconds", request.tuning_seconds)
+    limits.seconds("--budget", request.budget)
 
 
 def open_folder(folder: Path, request: Request, overwrite: bool) -> Plan | None:

@@ -18,6 +18,7 @@ from kfac_triton.benchmarks import results as results_of
 from kfac_triton.benchmarks.race import slug
 from kfac_triton.benchmarks.suites import find_suite
 from kfac_triton.tuning.baselines import BASELINES
+from kfac_triton.tuning.store import write_text
 
 # told apart by the colour-blind too
 COLOURS = {
@@ -44,7 +45,7 @@ def make(folder: Path) -> dict[str, Any]:
     suite = results["plan"]["suite"]
     groups = find_suite(suite).pictures if suite else {}
     pictures = {task["name"]: _pictures(folder, task, groups) for task in results["tasks"]}
-    (folder / "index.html").write_text(render(results, pictures), encoding="utf-8")
+    write_text(folder / "index.html", render(results, pictures))
     return results
 
 

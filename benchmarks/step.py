@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kfac_triton.tuning import limits
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.space import SPACES
@@ -83,18 +84,18 @@ class Lane:
             torch.cuda.synchronize(self.device)
 
 
-def compare_steps(task: Task, options: StepOptions, device: torch.device) -> list[StepCost]:
-    """The cost of each optimizer's step, the first one's being the unit.
-
-    Raises:
-        Mistake: an unknown optimizer, or a number below 1.
-    """
+def check(options: StepOptions) -> None:
+    """Raises: Mistake: an unknown optimizer, or a number out of its range."""
+    for name in options.optimizers:
+        find_entrant(name)
     for name in ("factor_interval", "inverse_interval", "batch", "chunks", "chunk"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise Mistake(f"--{name.replace('_', '-')} {value}: at least 1")
+        limits.whole(f"--{name.replace('_', '-')}", getattr(options, name), limits.STEPS)
     if not 0 < options.factor_fraction <= 1:
         raise Mistake(f"--factor-fraction {options.factor_fraction:g}: above 0, at most 1")
+
+
+def compare_steps(task: Task, options: StepOptions, device: torch.device) -> list[StepCost]:
+    """The cost of each optimizer's step, the first one's being the unit."""
     torch.set_flush_denormal(True)
     batches = resized(list(islice(endless(task, 0), KEPT_BATCHES)), options.batch)
     lanes = [Lane(task, name, options, batches, device) for name in options.optimizers]

@@ -19,6 +19,7 @@ import torch
 from kfac_triton.tuning import environment
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.orphans import worker_command
 from kfac_triton.tuning.problems import find_task
 from kfac_triton.tuning.store import read_json, write_json
 from kfac_triton.tuning.task import Task
@@ -82,7 +83,7 @@ def measure_apart(job: Job, progress: Progress | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="kfac-bench-") as folder:
         asked, answered, complaint = (Path(folder) / name for name in ("job.json", "result.json", "stderr"))
         write_json(asked, asdict(job))
-        command = [sys.executable, "-m", __name__, str(asked), str(answered)]
+        command = worker_command(__name__, str(asked), str(answered))
         with (
             complaint.open("w") as errors,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from kfac_triton.benchmarks import cli
 from kfac_triton.benchmarks import kernels as bench
 from kfac_triton.benchmarks.kernels import Case, Outcome, Trial
-from kfac_triton.tuning import gpus
+from kfac_triton.tuning import gpus, tiles
 
 CPU = torch.device("cpu")
 
@@ -48,15 +49,18 @@ def test_a_kernel_that_fails_is_a_verdict_and_not_the_end():
     assert bench.verdict(found, True) == "FAILED: RuntimeError: no image for this device"
 
 
-def test_a_faster_library_is_said_to_be_faster():
-    def sleep(seconds: float):
-        return lambda: time.sleep(seconds)
+def test_a_faster_library_is_said_to_be_faster(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(tiles, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    slower = outcome(trial(ours=sleep(0.004), library=sleep(0.001)))
-    assert slower.ratio < 0.5 and "slower" in bench.verdict(slower, True)
-    faster = outcome(trial(ours=sleep(0.001), library=sleep(0.004)))
+    def takes(seconds: float):
+        return lambda: now.append(now.pop() + seconds)
+
+    slower = outcome(trial(ours=takes(0.004), library=takes(0.001)))
+    assert slower.ratio == pytest.approx(0.25) and "slower" in bench.verdict(slower, True)
+    faster = outcome(trial(ours=takes(0.001), library=takes(0.004)))
     assert (
-        faster.ratio > 2
+        faster.ratio == pytest.approx(4)
         and "faster" in bench.verdict(faster, True)
         and "of the roofline" in bench.verdict(faster, True)
     )

@@ -86,7 +86,7 @@ def photographs() -> torch.Tensor:
 
 
 def test_faces_have_the_residual_of_the_recipe() -> None:
-    if "KFAC_DATA" not in os.environ:
+    if not os.environ.get("KFAC_DATA"):
         pytest.skip("KFAC_DATA names no folder with olivettifaces.mat")
     images = datasets.load_faces(os.environ["KFAC_DATA"], 10_000, 2_000)
     assert float(images.train.mean(0).abs().max()) < 1e-4 and float(images.train.square().mean()) == pytest.approx(1.0)
@@ -181,6 +181,16 @@ def test_the_environment_variable_goes_before_the_usual_folders(bare: Path, monk
     monkeypatch.setenv("KFAC_DATA", str(bare / "named"))
     write_mnist(bare / "named" / "mnist", 102)
     assert float(datasets.load_mnist().train[0, 0]) == pytest.approx(0.4)
+
+
+def test_an_empty_environment_variable_counts_as_unset(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would name the current folder."""
+    usual = datasets.usual_folders()
+    monkeypatch.setenv("KFAC_DATA", "")
+    write_mnist(bare / "mnist")
+    assert datasets.usual_folders() == usual
+    with pytest.raises(Mistake, match="no network"):
+        datasets.load_mnist()
 
 
 def test_an_explicit_folder_without_the_files_is_refused_whatever_else_there_is(bare: Path) -> None:

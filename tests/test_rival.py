@@ -76,7 +76,7 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         (small, "kfac-jax does not run there (ImportError: no jax in here); make an environment with pip install jax"),
         ([*small, "--grid", "small"], "--grid small: numbers with commas"),
         ([*small, "--grid", "0.1,0"], "--grid 0.1,0: dampings above 0"),
-        ([*small, "--seeds", "0"], "--seeds 0: a positive number"),
+        ([*small, "--seeds", "0"], "--seeds 0: at least 1"),
     ):
         assert cli.main(["rival", *arguments]) == 2
         assert said in capfd.readouterr().err

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from failing import Failing, Killed, full
+from optuna.storages import InMemoryStorage
 from torch import nn
 
-from kfac_triton.tuning import Task
+from kfac_triton.tuning import Task, trainer
+from kfac_triton.tuning import study as study_of
 from kfac_triton.tuning.baselines import ENTRANTS, Entrant, build_sgd
+from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.schedules import SHAPES, factor
 from kfac_triton.tuning.space import SPACES, Choice, Range, Space
+from kfac_triton.tuning.storage import JournalFileBackend
 from kfac_triton.tuning.study import Outcome, Search, best, search
 from kfac_triton.tuning.trainer import Budget, Point, Run, train
 
@@ -161,12 +166,38 @@ def test_a_schedule_starts_at_one_and_never_rises(shape: str) -> None:
     assert factor(shape, 0.05, warmup=0.1) == 0.5
 
 
-def quadratic(**changes: Any) -> Task:
+class Clock:
+    """Seconds that pass only where somebody says so; in the place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def go(self, seconds: float) -> None:
+        self.now += seconds
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time in the trainer."""
+    made = Clock()
+    monkeypatch.setattr(trainer, "time", made)
+    return made
+
+
+STEP = 2.0**-7  # seconds of a batch, where a clock is given
+
+
+def quadratic(clock: Clock | None = None, **changes: Any) -> Task:
     """A linear regression; its loss is its metric."""
 
     def batches(seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(5):
+            if clock is not None:
+                clock.go(STEP)
             inputs = torch.randn(16, 3, generator=generator)
             yield inputs, inputs.sum(1, keepdim=True)
 
@@ -180,32 +211,29 @@ def quadratic(**changes: Any) -> Task:
     return Task(**(made | changes))
 
 
-def test_a_run_is_judged_at_the_start_on_the_way_and_at_the_end() -> None:
-    run = train(quadratic(), ENTRANTS["sgd-default"], {}, 1, Budget(0.2, evaluations=4))
-    seconds = [point.seconds for point in run.points]
-    assert run.ended == "done" and seconds[0] == 0.0 and 0.2 <= run.seconds < 0.5
-    assert run.points[-1].step == run.steps > 10
-    assert all(a < b for a, b in pairwise(seconds))
+def test_a_run_is_judged_at_the_start_on_the_way_and_at_the_end(clock: Clock) -> None:
+    run = train(quadratic(clock), ENTRANTS["sgd-default"], {}, 1, Budget(24.5 * STEP, evaluations=4))
+    assert run.ended == "done" and run.steps == 25 and run.seconds == 25 * STEP
+    assert [point.step for point in run.points] == [0, 7, 13, 19, 25]
+    assert [point.seconds for point in run.points] == [STEP * point.step for point in run.points]
+    assert run.ms_per_step == run.median_step_ms == 1e3 * STEP
     assert run.final == run.points[-1].train < run.points[0].train
 
 
-def test_evaluation_is_off_the_clock() -> None:
-    import time
-
+def test_evaluation_is_off_the_clock(clock: Clock) -> None:
     def slow(model: nn.Module) -> float:
-        time.sleep(0.1)
+        clock.go(0.25)
         return 1.0
 
-    start = time.perf_counter()
-    run = train(quadratic(evaluate=slow), ENTRANTS["sgd-default"], {}, 1, Budget(0.05, evaluations=3))
-    assert time.perf_counter() - start > 0.3
-    assert run.seconds < 0.15
+    run = train(quadratic(clock, evaluate=slow), ENTRANTS["sgd-default"], {}, 1, Budget(6 * STEP, evaluations=3))
+    assert len(run.points) == 4 and run.evaluation_seconds == 4 * 0.25
+    assert run.seconds == 6 * STEP
 
 
 def test_a_run_that_explodes_ends_at_once() -> None:
     hyper = {"lr": 1e3, "momentum": 0.9}
-    run = train(quadratic(), Entrant("sgd", build_sgd), hyper, 1, Budget(30.0, evaluations=1000))
-    assert run.ended == "diverged" and run.final == math.inf and run.seconds < 5
+    run = train(quadratic(), Entrant("sgd", build_sgd), hyper, 1, Budget(1000.0, evaluations=1000))
+    assert run.ended == "diverged" and run.final == math.inf and run.steps < 100
 
 
 def test_the_same_seed_starts_the_same_and_another_does_not() -> None:
@@ -233,3 +261,54 @@ def test_every_tuned_optimizer_is_searched_end_to_end(tmp_path: Path, name: str)
     assert set(outcome.space) == set(SPACES[name].parameters)
     winner = best(outcome.trials)
     assert winner is not None and winner.setting == outcome.best
+
+
+# ---------------------------------------------------------------------------------------- killed workers and full disks
+
+KNOWN = Space({**SPACE.parameters, "end": Range(0.1, 1.0)}, {"lr": 0.03, "kind": "a", "end": 0.5}, others=(
+    {"lr": 0.25, "kind": "b", "end": 0.125},
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("error", [Killed, full])
+def test_a_search_that_ends_at_any_write_goes_on_with_its_known_settings_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException], again: bool
+) -> None:
+    def searched(storage: object) -> Outcome | None:
+        monkeypatch.setattr(study_of, "open_journal", lambda path: storage)
+        return Search("sgd", KNOWN, tmp_path / "j", 0, 4, pretend(bowl, [])).complete(None, lambda: True)
+
+    for writes in range(1000):
+        storage = InMemoryStorage()
+        if again:
+            with pytest.raises((Killed, OSError)):
+                searched(Failing(storage, 6, error))  # in the middle of the first setting
+        failing = Failing(storage, writes, error)
+        with contextlib.suppress(Killed, OSError):
+            searched(failing)
+        outcome = searched(storage)
+        assert outcome is not None
+        settings = [row.setting for row in outcome.trials]
+        assert len(settings) == 4 and all(settings.count(start) == 1 for start in KNOWN.starts)
+        if not failing.lost:
+            break
+    assert writes > 25
+
+
+def test_a_disk_that_is_full_is_a_line_and_the_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = JournalFileBackend.append_logs
+
+    def append_logs(self: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
+        if tmp_path.joinpath("study.journal").stat().st_size > 3000:
+            with tmp_path.joinpath("study.journal").open("ab") as file:
+                file.write(b'{"op_code":4,"wor')
+            raise full()
+        append(self, logs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalFileBackend, "append_logs", append_logs)
+        with pytest.raises(Mistake, match=r"journal cannot be written: No space left on device; make room, and the"):
+            searched(tmp_path, bowl, trials=6)
+    _, asked = searched(tmp_path, bowl, trials=6)
+    assert 0 < len(asked) < 6

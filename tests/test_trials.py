@@ -40,7 +40,7 @@ def work(trials: Trials, trial: optuna.Trial, value: float | None = None, ended:
 
 
 def of_the_dead(trials: Trials, monkeypatch, host: str = trials_of.HOST) -> optuna.Trial:
-    """A trial whose worker has gone."""
+    """A trial whose worker has gone, in the middle of its run."""
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     gone = {"host": host, "process": child.pid, "started": "1"}
@@ -48,7 +48,8 @@ def of_the_dead(trials: Trials, monkeypatch, host: str = trials_of.HOST) -> optu
         patch.setattr(trials_of, "_owner", lambda: gone)
         trial = trials.claim(sampler)
     trial.suggest_float("x", 0, 1)
-    return trial
+    with trials.alive(trial):
+        return trial
 
 
 def test_results_come_back_as_they_were_told(study):
@@ -78,7 +79,7 @@ def test_a_pruned_trial_is_pruned_for_optuna_and_diverged_ones_have_a_value(stud
 
 def test_workers_that_race_for_the_last_trial_tell_exactly_as_many_as_were_wanted(study):
     """Eight threads, each with a connection of its own, all asking at once."""
-    wanted, barrier = 20, threading.Barrier(8)
+    wanted, barrier = 20, threading.Barrier(8, timeout=300)
 
     def run() -> None:
         trials = opened(study, wanted)
@@ -119,17 +120,18 @@ def test_what_a_dead_worker_of_this_machine_left_is_tried_again_at_once(study, m
 
 
 def test_what_a_silent_worker_of_another_machine_left_is_tried_again_after_a_while(study, monkeypatch):
+    now = [0.0]
     dead = of_the_dead(Trials(study, 5), monkeypatch, "elsewhere")
-    trials = opened(study, 5, grace=0.3)
+    trials = opened(study, 5, grace=60.0, clock=lambda: now[0])
     first = trials.claim(sampler)
     assert attempts(first) == 1 and study.trials[dead.number].state == TrialState.RUNNING
-    time.sleep(0.2)
+    now[0] = 40.0
     dead.set_user_attr("beat", 1)  # it is alive after all
     trials.reap()
-    time.sleep(0.2)
+    now[0] = 80.0
     trials.reap()
     assert study.trials[dead.number].state == TrialState.RUNNING
-    time.sleep(0.4)
+    now[0] = 101.0
     assert attempts(trials.claim(sampler)) == 2
     assert study.trials[dead.number].state == TrialState.FAIL
 
@@ -188,12 +190,20 @@ def test_this_process_is_alive_and_a_number_that_came_back_is_another():
     assert trials_of._started(child.pid) is None
 
 
-def test_a_worker_says_that_it_lives(study):
-    trials = Trials(study, 1, beat=0.05)
+def test_a_worker_says_that_it_lives(study, monkeypatch):
+    trials, beats, beaten = Trials(study, 1, beat=0.001), [], threading.Event()
     trial = trials.claim(sampler)
+    said = trial.set_user_attr
+
+    def set_user_attr(key, value):
+        said(key, value)
+        beats.append((key, value))
+        if value == 2:
+            beaten.set()
+
+    monkeypatch.setattr(trial, "set_user_attr", set_user_attr)
     with trials.alive(trial):
-        time.sleep(0.4)
-    beats = study.trials[0].user_attrs["beat"]
-    assert beats >= 2
-    time.sleep(0.2)
-    assert study.trials[0].user_attrs["beat"] == beats
+        assert beats[0] == ("beat", 0)
+        assert beaten.wait(300)
+        (beating,) = [thread for thread in threading.enumerate() if thread.name == "beat"]
+    assert study.trials[0].user_attrs["beat"] >= 2 and not beating.is_alive()

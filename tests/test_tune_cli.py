@@ -10,14 +10,13 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from kfac_triton import load_tuned
-from kfac_triton.tuning import cli, commands
+from kfac_triton.tuning import cli, commands, search
 
 FILE = """
 import torch
@@ -134,11 +133,12 @@ def test_json_and_quiet(folder, capfd):
     assert said.out == "tuned.json\n" and not said.err
 
 
-def test_the_same_command_goes_on_and_does_nothing_twice(folder, capfd):
+def test_the_same_command_goes_on_and_does_nothing_twice(folder, capfd, monkeypatch):
     assert cli.main(small("--quiet")) == 0
-    first, begun = json.loads(Path("tuned.json").read_text()), time.monotonic()
+    first, trained = json.loads(Path("tuned.json").read_text()), []
+    monkeypatch.setattr(search, "train", lambda *arguments, **options: trained.append(arguments))
     assert cli.main(small("--quiet")) == 0
-    assert time.monotonic() - begun < 3
+    assert not trained
     again = json.loads(Path("tuned.json").read_text())
     assert again["evidence"]["held_out"] == first["evidence"]["held_out"]
 
@@ -221,7 +221,7 @@ def test_what_is_wrong_with_a_task_is_one_line(folder, capfd, task, said):
         (["--pruner", "asha"], "--pruner asha: one of"),
         (["--target", "best"], "--target best: a number, or defaults"),
         (["--device", "cuda:7"], "no such device"),
-        (["--timeout", "0"], "--timeout 0: a number above 0"),
+        (["--timeout", "0"], "--timeout 0: a positive number"),
     ],
 )
 def test_what_is_wrong_with_an_option_is_one_line(folder, capfd, more, said):
@@ -306,7 +306,7 @@ def test_ctrl_c_ends_the_write_says_how_it_stands_and_how_to_go_on(folder, inter
             break
     running.send_signal(signal.SIGINT)
     said = running.stderr.read()
-    assert running.wait(timeout=30) == commands.INTERRUPTED == 130
+    assert running.wait(timeout=300) == commands.INTERRUPTED == 130
     assert re.search(r"kfac-tune: interrupted; kfac: \d+ of 40 trials, best [\d.]+ in trial \d", said)
     assert "the same command goes on" in said and "Traceback" not in said
     assert not Path("tuned.json").exists()
@@ -318,7 +318,7 @@ def test_a_live_table_on_a_terminal(folder):
     """On a pseudo terminal: the table is drawn, with the current curve, and gone at the end."""
     main, child = pty.openpty()
     running = subprocess.Popen(
-        [sys.executable, "-c", MAIN, *small("--trials", "4", "--seconds", "0.4")], stdout=child, stderr=child,
+        [sys.executable, "-c", MAIN, *small("--trials", "2", "--seconds", "2")], stdout=child, stderr=child,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
     )  # fmt: skip
     os.close(child)
@@ -332,6 +332,6 @@ def test_a_live_table_on_a_terminal(folder):
             break
         said += part
     os.close(main)
-    assert running.wait(timeout=60) == 0
+    assert running.wait(timeout=300) == 0
     text = said.decode(errors="replace")
     assert "1 running" in text and "best" in text and re.search("[▁▂▃▄▅▆▇█]{3}", text)

@@ -19,7 +19,8 @@ LONGEST = 15
 
 @pytest.fixture
 def script(tmp_path, monkeypatch) -> Path:
-    if not (Path(os.environ.get("KFAC_DATA", "")) / "tinyshakespeare" / "input.txt").is_file():
+    data = os.environ.get("KFAC_DATA")
+    if not data or not (Path(data) / "tinyshakespeare" / "input.txt").is_file():
         pytest.skip("needs tinyshakespeare/input.txt in $KFAC_DATA")
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
     chosen = [block for block in blocks if "class Shakespeare" in block or block.startswith("def factory")]

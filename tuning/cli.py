@@ -6,6 +6,7 @@ torch and Triton are imported by the commands that need them, so that help comes
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -55,14 +56,17 @@ def kernels(
     """Rank tiles for a GPU, here or not: compile, throw out, model; with the GPU here, measure the best."""
     from kfac_triton import tuned
     from kfac_triton.kernels._launch import triton
+    from kfac_triton.tuning import limits, tables, tiles
     from kfac_triton.tuning import shapes as shapes_of
-    from kfac_triton.tuning import tables, tiles
     from kfac_triton.tuning.errors import Mistake
+    from kfac_triton.tuning.store import check_file
 
     if triton is None:
         raise Mistake("triton is not installed; it comes with the CUDA and ROCm builds of torch for Linux")
-    if top < 1 or (jobs is not None and jobs < 1):
-        raise Mistake(f"--top {top} and --jobs {jobs}: numbers above 0")
+    limits.whole("--top", top, limits.TRIALS)
+    limits.whole("--jobs", jobs, limits.JOBS)
+    if out is not None:
+        check_file("--out", out, lambda content: tuned.FORMAT.encode() in content)
     described, device, name = find_gpu(target, gpu)
     facts = tiles.KnownFacts(tuned.cache_folder() / f"facts-{described.target}.json")
     search = tiles.Search(described, shapes_of.of(shapes), facts)
@@ -187,18 +191,23 @@ def run(
         with view:
             return tuner.join(task, storage, study, **own)
     _check_out(out, task)
+    storage = str(out.with_suffix(".journal")) if storage is None else storage
+    html = html or out.with_suffix(".html")
+    _check_html(html)
+    _check_apart(out, html, storage)
     try:
         with view:
             result = tuner.tune(
                 task, trials=trials, seconds=seconds, target=_number_or_word(target),
-                storage=storage or str(out.with_suffix(".journal")), study=study, jobs=jobs, seed=seed, seeds=seeds,
+                storage=storage, study=study, jobs=jobs, seed=seed, seeds=seeds,
                 baselines=_names(baselines), prune=pruner, tiles=tiles, begun=STARTED, **own,
             )  # fmt: skip
+            view.watch("phase", (f"writing {out} and {html}", 0))
+            result.save(out)
+            result.report(html)
     except tuner.Interrupted as standing:
         typer.echo(f"kfac-tune: interrupted; {standing}; the same command goes on: {' '.join(sys.argv)}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    result.save(out)
-    result.report(html or out.with_suffix(".html"))
     if as_json:
         typer.echo(json.dumps(result.content, indent=1))
         return
@@ -222,29 +231,39 @@ def _number_or_word(text: str | None) -> float | str | None:
 
 def _check_out(out: Path, task: str) -> None:
     """Raises: Mistake: nothing can be written there, or it is something else's."""
-    import os
-
+    from kfac_triton import tuned
     from kfac_triton.tuning.errors import Mistake
+    from kfac_triton.tuning.plan import short_spec
+    from kfac_triton.tuning.store import check_file
 
-    folder = out.parent
-    if (
-        out.is_dir()
-        or not folder.is_dir()
-        or not os.access(folder, os.W_OK)
-        or (out.exists() and not os.access(out, os.W_OK))
-    ):
-        raise Mistake(f"--out {out} cannot be written; name a file in a folder that is there")
+    check_file("--out", out)
     if not out.exists():
         return
-    from kfac_triton import tuned
-    from kfac_triton.tuning.plan import short_spec
-
     try:
         held = tuned.read_tuned(out)
     except ValueError as error:
         raise Mistake(f"--out {out} is there and is no tuned file ({error}); name another file") from None
     if short_spec(held["task"]) != short_spec(task):
         raise Mistake(f"--out {out} holds what was tuned for {held['task']}; name another file")
+
+
+def _check_apart(out: Path, html: Path, storage: str) -> None:
+    """Raises: Mistake: two of the files are one."""
+    from kfac_triton.tuning.errors import Mistake
+    from kfac_triton.tuning.storage import local_path
+
+    named = {"--out": out, "--html": html, "--storage": local_path(storage)}
+    places = {option: os.path.realpath(path) for option, path in named.items() if path is not None}
+    for option, path in places.items():
+        if list(places.values()).count(path) > 1:
+            raise Mistake(f"{option} {path} is the place of two files; name three different ones")
+
+
+def _check_html(html: Path) -> None:
+    """Raises: Mistake: it cannot be written, or it is no report of ours."""
+    from kfac_triton.tuning.store import REPORT_BEGINS, check_file
+
+    check_file("--html", html, lambda content: content.startswith(REPORT_BEGINS.encode()))
 
 
 @app.command()
@@ -292,8 +311,10 @@ def _show_storage(url: str, name: str | None, html: Path | None) -> None:
     from kfac_triton.tuning.errors import Mistake
     from kfac_triton.tuning.storage import open_storage
 
-    if "://" not in url and not Path(url).is_file():
+    if "://" not in url and not Path(url).exists():
         raise Mistake(f"{url}: there is no such file")
+    if html is not None:
+        _check_html(html)
     storage = open_storage(url)
     names = [study.study_name for study in storage.get_all_studies()]
     if not names:

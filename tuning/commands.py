@@ -25,13 +25,19 @@ def status_of(app: typer.Typer, name: str, arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         return _complain(name, "interrupted; the same command goes on", INTERRUPTED)
     except Exception as error:
-        show = getattr(error, "show", None)  # a usage error of the command line itself
-        if show is not None:
-            show()
-            return MISTAKE
+        if hasattr(error, "show"):  # a usage error of the command line itself
+            return _misused(name, error)
         traceback.print_exc()
         return FAULT
     return answer if isinstance(answer, int) else 0
+
+
+def _misused(name: str, error: Any) -> int:
+    said = error.format_message().rstrip(".")
+    if "\n" in said:  # a command without arguments: its help
+        error.show()
+        return MISTAKE
+    return _complain(name, f"{said}; {error.ctx.command_path if error.ctx else name} --help lists the options", MISTAKE)
 
 
 def _complain(name: str, text: str, status: int) -> int:

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 from kfac_triton.kernels.tiles import Tile
+from kfac_triton.tuning.orphans import end_with
 
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities; on
 # CDNA 3 the local data share of a workgroup).
@@ -114,12 +115,16 @@ def _narrow(widths: Mapping[int, int], vectors: int) -> bool:
 def examine(configurations: Sequence[Configuration], jobs: int | None = None) -> Iterator[tuple[int, Facts | str]]:
     """(index, facts) of each configuration as it is done, in any order; a message instead where it does not compile."""
     with ProcessPoolExecutor(
-        jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn"), initializer=_compiled_process
+        jobs or os.cpu_count(),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_compiled_process,
+        initargs=(os.getpid(),),
     ) as pool:
         yield from pool.map(_examined, enumerate(configurations))
 
 
-def _compiled_process() -> None:
+def _compiled_process(parent: int) -> None:
+    end_with(parent)
     os.environ.pop("TRITON_INTERPRET", None)
 
 

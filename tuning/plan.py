@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import kfac_triton.tuning.limits as limits
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.search import pruner
 from kfac_triton.tuning.space import SPACES
@@ -14,6 +15,8 @@ from kfac_triton.tuning.task import Task
 
 VERSION = 1  # of what a study means; another one is another study
 LEADERS, REPEATS = 4, 2  # settings that run again, and on how many more seeds
+HELD_OUT = 10_000  # the first seed that no search has seen
+LONGEST_NAME = 200  # characters of a study's name
 SLOWER = 1.15  # a run's seconds, evaluations and the rest included
 SECONDS = 60.0  # of a run, where nothing else says how long
 
@@ -41,25 +44,37 @@ class Plan:
 
 def check(asked: Mapping[str, Any], task: Task | str) -> None:
     """Raises: Mistake: an argument of `tuner.tune` cannot be."""
-    if asked["trials"] < 1:
-        raise Mistake(f"--trials {asked['trials']}: at least 1")
-    if asked["seconds"] is not None and not asked["seconds"] > 0:
-        raise Mistake(f"--seconds {asked['seconds']:g}: a number above 0")
-    if asked["timeout"] is not None and not asked["timeout"] > 0:
-        raise Mistake(f"--timeout {asked['timeout']:g}: a number above 0")
-    if asked["jobs"] < 1 or asked["seeds"] < 1:
-        raise Mistake(f"--jobs {asked['jobs']}, --seeds {asked['seeds']}: at least 1 each")
+    limits.whole("--trials", asked["trials"], limits.TRIALS)
+    limits.seconds("--seconds", asked["seconds"])
+    limits.seconds("--timeout", asked["timeout"])
+    limits.whole("--jobs", asked["jobs"], limits.JOBS)
+    limits.whole("--seeds", asked["seeds"], limits.SEEDS)
+    why = f"; the seeds from {HELD_OUT} on are held out"
+    limits.whole("--seed", asked["seed"], HELD_OUT - REPEATS - 1, least=0, why=why)
+    _check_names(asked["study"], asked["storage"])
     if asked["jobs"] > 1 and asked["storage"] is None:
         raise Mistake(f"--jobs {asked['jobs']} needs a --storage that the processes share, as a journal file")
     if asked["jobs"] > 1 and not isinstance(task, str):
         raise Mistake(f"--jobs {asked['jobs']} needs a task that each process can load: path/to/file.py:factory")
     if isinstance(asked["target"], str) and asked["target"] != "defaults":
         raise Mistake(f"--target {asked['target']}: a number, or defaults")
+    if isinstance(asked["target"], (int, float)):
+        limits.finite("--target", asked["target"])
     unknown = [name for name in asked["baselines"] if name not in SPACES or name == "kfac"]
     if unknown:
         allowed = ", ".join(name for name in SPACES if name != "kfac")
         raise Mistake(f"--baselines {','.join(unknown)}: among {allowed}, or none")
     pruner(asked["prune"], asked["trials"])
+
+
+def _check_names(study: str | None, storage: str | None) -> None:
+    if study is not None and not (study.strip() and study.isprintable() and len(study) <= LONGEST_NAME):
+        raise Mistake(
+            f"--study {study[:LONGEST_NAME]!r}: 1 to {LONGEST_NAME} printable characters; without --study it has the "
+            "task's name"
+        )
+    if storage is not None and not storage.strip():
+        raise Mistake(f"--storage {storage!r}: name a journal file or a database, or leave --storage out")
 
 
 def seconds_for(asked: Mapping[str, Any]) -> float:

@@ -14,8 +14,7 @@ import plotly.graph_objects as go
 from optuna import visualization
 from optuna.trial import TrialState
 
-from kfac_triton.tuning.errors import Mistake
-from kfac_triton.tuning.store import write_text
+from kfac_triton.tuning.store import REPORT_BEGINS, write_text
 from kfac_triton.tuning.trials import PRUNED, Result, Trials
 
 LEADERS = 5
@@ -42,11 +41,8 @@ def write(path: Path, study: optuna.Study, content: dict[str, Any] | None = None
         parts.append(f"<h2>{title}</h2>" + figure.to_html(full_html=False, include_plotlyjs=library))
         library = False
     page = "\n".join(parts)
-    head = f"<meta charset='utf-8'><title>{html.escape(study.study_name)}</title><style>{STYLE}</style>"
-    try:
-        write_text(path, f"<!doctype html><html lang='en'><head>{head}</head><body>{page}</body></html>\n")
-    except OSError as error:
-        raise Mistake(f"{path} cannot be written: {error.strerror}; name another file") from error
+    head = f"{html.escape(study.study_name)}</title><style>{STYLE}</style>"
+    write_text(path, f"{REPORT_BEGINS}{head}</head><body>{page}</body></html>\n", f"--html {path}")
 
 
 def _figures(study: optuna.Study, results: Sequence[Result], target: float | None) -> Iterator[tuple[str, go.Figure]]:

@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from optuna.exceptions import ExperimentalWarning, OptunaError, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
 from optuna.trial import Trial
@@ -48,7 +48,7 @@ ALIKE = 3  # runs in a row that fail with the same error: it is not the settings
 WAIT = 0.5  # seconds between two looks at what others still work on
 
 Kind = tuple[str, frozenset[tuple[str, Any]]]
-Watch = Callable[[str, Any], None]  # ("plan" | "counts" | "trial" | "point" | "told", what)
+Watch = Callable[[str, Any], None]  # ("phase" | "counts" | "trial" | "run" | "point" | "told" | "ran", what)
 
 
 class OutOfTime(Exception):
@@ -89,19 +89,24 @@ def measure(
     """One run of `setting` from `seed`: to the target, or to the end of its seconds, or until `stop` says why not.
 
     Raises:
-        OutOfTime: at the deadline. Mistake: the task's fault. OptunaError: the storage's, which `stop` may ask.
+        OutOfTime: at the deadline. Mistake: the task's fault. What `stop` raises, which is no fault of the setting.
     """
     begun, seen, why = time.perf_counter(), list[Point](), ""
+    raised: Exception | None = None  # by `stop`
 
     def judge(point: Point) -> bool:
-        nonlocal why
+        nonlocal why, raised
         seen.append(point)
         if time.monotonic() > runs.deadline:
             raise OutOfTime
         if runs.objective.reached(seen) is not None:
             why = outcomes.REACHED
         elif stop is not None:
-            why = stop(point, seen)
+            try:
+                why = stop(point, seen)
+            except Exception as error:
+                raised = error
+                raise
         return bool(why)
 
     budget = Budget(runs.objective.seconds, runs.evaluations, runs.device, runs.compile, held_out=False, stop=judge)
@@ -110,9 +115,11 @@ def measure(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")  # torch's own, for forward mode
             run = train(runs.task, entrant, own, seed, budget, warm=runs.is_cold(entrant, own))
-    except (OutOfTime, Mistake, OptunaError):
+    except (OutOfTime, Mistake):
         raise
     except Exception as error:
+        if error is raised:
+            raise
         result = _failed(runs, own, error, seen, time.perf_counter() - begun)
     else:
         result = _result(runs.objective, own, run, why, time.perf_counter() - begun)
@@ -176,6 +183,7 @@ class Search:
             elif not stay:
                 return True
             elif not self.trials.complete:
+                self.watch("counts", self.trials.counts())
                 time.sleep(WAIT)
         return True
 
@@ -200,6 +208,7 @@ class Search:
             raise
         result = replace(result, start=outcomes.start_of(trial), number=trial.number)
         if self.trials.tell(trial, result):
+            self.watch("counts", self.trials.counts())
             self.watch("told", result)
         self._check_failures()
         return True

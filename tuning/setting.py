@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import kfac_triton.tuning.limits as limits
 from kfac_triton.arguments import APPROXIMATIONS, FISHERS
 from kfac_triton.schedules import Cosine, Exponential, Linear, Schedule, WarmUp
 from kfac_triton.tuning.errors import Mistake
@@ -100,8 +101,8 @@ LIMITS: dict[str, tuple[str | bool, ...]] = {
 BOUNDS: dict[str, tuple[float, float]] = {
     "lr": (0.0, math.inf), "horizon": (0.0, 1.0), "warmup": (0.0, 0.9), "momentum": (0.0, 0.9999),
     "damping": (0.0, math.inf), "damping_end": (0.0, 1.0), "kl_clip": (0.0, math.inf),
-    "weight_decay": (0.0, math.inf), "factor_decay": (0.0, 0.9999), "factor_interval": (1, math.inf),
-    "inverse_interval": (1, math.inf), "factor_fraction": (0.0, 1.0),
+    "weight_decay": (0.0, math.inf), "factor_decay": (0.0, 0.9999), "factor_interval": (1, limits.STEPS),
+    "inverse_interval": (1, limits.STEPS), "factor_fraction": (0.0, 1.0),
 }  # fmt: skip
 WHOLE = ("factor_interval", "inverse_interval")
 
@@ -265,8 +266,8 @@ def _allowed(where: str, name: str, value: Any) -> Any:
         return value
     low, high = BOUNDS[name]
     if name in WHOLE:
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise Mistake(f"{where}: {name} is an integer from {low:g}; got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise Mistake(f"{where}: {name} is an integer from {low:.0f} to {high:.0f}; got {value!r}")
         return value
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not low <= value <= high:

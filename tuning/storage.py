@@ -6,12 +6,15 @@ Raises, wherever a storage is opened: Mistake, with what is wrong and how to men
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
+import sqlite3
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,11 @@ from optuna.storages.journal._file import get_lock_file
 from sqlalchemy.exc import SQLAlchemyError
 
 from kfac_triton.tuning.errors import Mistake
+from kfac_triton.tuning.store import check_room
 from kfac_triton.tuning.task import one_line
 
-LOST = (StorageInternalError, SQLAlchemyError)  # what a server that goes away makes the database layers raise
+SQLITE = b"SQLite format 3\0"  # how its files begin
+RECORD = b'{"op_code":'  # how a journal's begin
 LOCK_SECONDS = 10  # a lock that is older than this belonged to a process that was killed
 SERVER_SECONDS = 10.0
 # Drivers by kind of server, the first that is installed serves where the URL names none: module, and package on PyPI.
@@ -52,6 +57,12 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+def lost() -> tuple[type[Exception], ...]:
+    """What a server that goes away makes the layers above it raise."""
+    proxy = (sys.modules["grpc"].RpcError,) if "grpc" in sys.modules else ()
+    return StorageInternalError, SQLAlchemyError, *proxy
+
+
 class WholeLines(JournalFileBackend):
     """A journal whose last line is whole: what a killed process or a full disk left of a line is cut away first."""
 
@@ -67,8 +78,15 @@ class WholeLines(JournalFileBackend):
         except OSError as error:
             name = self._file_path
             raise Mistake(
-                f"--storage {name} cannot be written: {error.strerror}; make room, and the same command goes on"
+                f"{name} cannot be written: {error.strerror}; make room, and the same command goes on"
             ) from error
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """Raises: Mistake: it cannot be read."""
+        try:
+            yield from super().read_logs(log_number_from)
+        except OSError as error:
+            raise Mistake(f"{self._file_path} cannot be read: {error.strerror}; restore it") from error
 
     def _whole(self) -> bool:
         with open(self._file_path, "rb") as file:
@@ -84,18 +102,81 @@ class WholeLines(JournalFileBackend):
 def open_storage(url: str, jobs: int = 1) -> BaseStorage:
     """The storage of a URL or a path, reached once; see `FORMS`."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    scheme = url.partition(":")[0].partition("+")[0] if "://" in url else ""
+    check_storage(url, jobs)
+    scheme, path = _scheme(url), local_path(url)
+    if scheme in ("", "journal") and path is not None:
+        return open_journal(path)
+    return _proxy(url) if scheme == "grpc" else _database(url, scheme)
+
+
+def check_storage(url: str, jobs: int = 1) -> None:
+    """Whether the URL can be a storage, as far as can be seen without reaching or changing it."""
+    scheme, path = _scheme(url), local_path(url)
+    if scheme not in ("", "journal", "sqlite", "grpc", *DRIVERS):
+        raise Mistake(f"--storage {url}: {scheme!r} is no kind of storage; one of {FORMS}")
     if scheme == "sqlite" and jobs > 1:
         raise Mistake(
             f"--storage {url} with --jobs {jobs}: SQLite is for one process; take a journal file, or --jobs 1"
         )
-    if scheme in ("sqlite", *DRIVERS):
-        return _database(url, scheme)
-    if scheme == "grpc":
-        return _proxy(url)
-    if scheme not in ("", "journal"):
-        raise Mistake(f"--storage {url}: {scheme!r} is no kind of storage; one of {FORMS}")
-    return _journal(Path(url.removeprefix("journal://")))
+    if path is None:
+        return
+    try:
+        complaint = _not_ours(path, scheme) if path.exists() else ""
+    except OSError as error:
+        raise Mistake(f"--storage {path} cannot be written: {error.strerror}; name another file") from error
+    if complaint:
+        raise Mistake(f"--storage {path} is no {complaint}; name another file")
+    if scheme != "sqlite":
+        check_room(f"--storage {path}", path.parent)
+
+
+def local_path(url: str) -> Path | None:
+    """The file of a journal or of SQLite; None where there is none."""
+    scheme = _scheme(url)
+    if scheme == "sqlite":
+        name = url.partition("://")[2].partition("/")[2].partition("?")[0]
+        return Path(name) if name and name != ":memory:" else None
+    return Path(url.removeprefix("journal://")) if scheme in ("", "journal") else None
+
+
+def _scheme(url: str) -> str:
+    return url.partition(":")[0].partition("+")[0] if "://" in url else ""
+
+
+def _not_ours(path: Path, scheme: str) -> str:
+    """What the file ought to be and is not; "" for one that is."""
+    if not path.is_file():
+        return "regular file"
+    with path.open("r+b") as file:
+        content = file.read() if scheme != "sqlite" else file.read(len(SQLITE))
+    if scheme == "sqlite":
+        return "SQLite database" if content not in (b"", SQLITE) else _foreign_tables(path)
+    return "journal of Optuna's" if not _is_journal(content) else ""
+
+
+def _foreign_tables(path: Path) -> str:
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as base:
+            tables = {name for (name,) in base.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error:
+        return "SQLite database that can be read"
+    return "database of Optuna's" if tables and "studies" not in tables else ""
+
+
+def _is_journal(content: bytes) -> bool:
+    """Whether the first and the last whole line are records, and what follows is the beginning of one.
+
+    Optuna reads over a last line that is none, which would be cut away or stay in the way.
+    """
+    *lines, torn = content.split(b"\n")
+    if lines:
+        torn = torn.strip(b"\0")  # as a machine that lost its power leaves it
+    if not RECORD.startswith(torn[: len(RECORD)]):
+        return False
+    try:
+        return all(isinstance(json.loads(line)["op_code"], int) for line in (*lines[:1], *lines[-1:]))
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def names_storage(text: str) -> bool:
@@ -103,7 +184,8 @@ def names_storage(text: str) -> bool:
     return "://" in text or not text.endswith(".json")
 
 
-def _journal(path: Path) -> BaseStorage:
+def open_journal(path: Path) -> BaseStorage:
+    """The storage in a journal file, which begins if it is not there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab"):
@@ -111,9 +193,9 @@ def _journal(path: Path) -> BaseStorage:
         backend = WholeLines(str(path), JournalFileSymlinkLock(str(path), grace_period=LOCK_SECONDS))
         return JournalStorage(backend)
     except OSError as error:
-        raise Mistake(f"--storage {path} cannot be written: {error.strerror}; name another file") from error
+        raise Mistake(f"{path} cannot be written: {error.strerror}; name another file") from error
     except Exception as error:
-        raise Mistake(f"--storage {path} is no journal of Optuna's ({one_line(error)}); name another file") from error
+        raise Mistake(f"{path} is no journal of Optuna's ({one_line(error)}); name another file") from error
 
 
 def _database(url: str, scheme: str) -> BaseStorage:

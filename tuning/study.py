@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from kfac_triton.tuning.baselines import find_entrant
 from kfac_triton.tuning.space import Space, find_space
+from kfac_triton.tuning.storage import open_journal
 from kfac_triton.tuning.task import Task
 from kfac_triton.tuning.trainer import Budget, Point, Run, train
 
@@ -91,11 +90,8 @@ class Search:
 
     def __init__(self, optimizer: str, space: Space, journal: Path, seed: int, trials: int, run: Runner) -> None:
         self.optimizer, self.declared, self.seed, self.trials, self.run = optimizer, space, seed, trials, run
-        journal.parent.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))), study_name=optimizer, load_if_exists=True
-        )
+        self.study = optuna.create_study(storage=open_journal(journal), study_name=optimizer, load_if_exists=True)
         self._repair()
 
     def complete(self, report: Report | None, go_on: Callable[[], bool]) -> Outcome | None:
@@ -121,9 +117,9 @@ class Search:
         )
 
     def rows(self) -> list[TrialRow]:
-        """The settings that have run, counted from 0; one that was interrupted has not."""
-        ran = [trial for trial in self.study.trials if trial.state.is_finished() and "run" in trial.user_attrs]
-        return [_row(number, trial) for number, trial in enumerate(ran)]
+        """The settings that were told, counted from 0."""
+        told = self.study.get_trials(states=(TrialState.COMPLETE,))
+        return [_row(number, trial) for number, trial in enumerate(told)]
 
     def _next(self) -> TrialRow:
         done = len(self.rows())
@@ -188,11 +184,14 @@ class Search:
         return stop
 
     def _repair(self) -> None:
-        """A trial that an interruption left running is closed and its setting put first in the queue."""
+        """The setting of a trial that an interruption left running is queued, all of one that came from the queue, and
+        the trial closed."""
+        waiting = [trial.system_attrs["fixed_params"] for trial in self.study.get_trials(states=(TrialState.WAITING,))]
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+            setting = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            if setting and setting not in waiting:
+                self.study.enqueue_trial(setting)
             self.study.tell(trial.number, state=TrialState.FAIL)
-            if trial.params:
-                self.study.enqueue_trial(trial.params)
 
 
 def best(rows: Sequence[TrialRow]) -> TrialRow | None:

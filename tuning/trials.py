@@ -1,8 +1,11 @@
 """One study's trials, shared by workers that may join, leave or be killed at any moment.
 
 A trial counts once it is told, and a study has at most as many of those as were wanted. A worker that works on one says
-every few seconds that it lives. What a dead one left is closed and its setting goes back into the queue; if that worker
-was only slow, its result finds the trial closed and is dropped. A setting whose workers keep dying counts as bad.
+every few seconds that it lives. What a dead one left goes back into the queue and is closed; if that worker was only
+slow, its result finds the trial closed and is dropped. A setting whose workers keep dying in its run counts as bad.
+
+A queued setting is never lost, wherever a worker dies or a disk fills: its successor, which names it in the attribute
+"after", is queued before the trial is closed. Where two workers queue a successor, only the first one counts.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -61,8 +65,16 @@ def curve(points: list[Point]) -> list[tuple[float, float]]:
 class Trials:
     """The trials of `study`; at most `wanted` of them count."""
 
-    def __init__(self, study: optuna.Study, wanted: int, *, beat: float = BEAT, grace: float = GRACE) -> None:
-        self.study, self.wanted, self.beat, self.grace = study, wanted, beat, grace
+    def __init__(
+        self,
+        study: optuna.Study,
+        wanted: int,
+        *,
+        beat: float = BEAT,
+        grace: float = GRACE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.study, self.wanted, self.beat, self.grace, self.clock = study, wanted, beat, grace, clock
         self._seen: dict[int, tuple[Any, float]] = {}
 
     def results(self) -> list[Result]:
@@ -80,28 +92,35 @@ class Trials:
         return len(self._trials(TOLD)) >= self.wanted
 
     def enqueue(self, setting: Mapping[str, Any], start: str) -> None:
+        """Puts a known setting into the queue, unless it was there before."""
         self.study.enqueue_trial(dict(setting), user_attrs={"start": start}, skip_if_exists=True)
 
     def claim(self, sampler: Callable[[int], BaseSampler]) -> Trial | None:
         """The next trial; None while others work on the last ones, and when all are told."""
         self.reap()
-        taken = len(self._trials((*TOLD, TrialState.RUNNING)))
-        if taken >= self.wanted:
+        while len(self._trials((*TOLD, TrialState.RUNNING))) < self.wanted:
+            self.study.sampler = sampler(len(self._trials()))
+            trial = self.study.ask()
+            try:
+                trial.set_user_attr("owner", _owner())
+            except UpdateFinishedTrialError:  # another worker took this one for dead
+                continue
+            if self._superseded(trial):
+                self._close(trial.number)
+                continue
+            earlier = (TrialState.RUNNING, TrialState.WAITING)
+            before = sum(other.number < trial.number for other in self._trials(earlier)) + len(self._trials(TOLD))
+            if before < self.wanted:
+                return trial
+            self.give_back(trial)  # another worker was first
             return None
-        self.study.sampler = sampler(len(self.study.get_trials(deepcopy=False)))
-        trial = self.study.ask()
-        trial.set_user_attr("owner", _owner())
-        earlier = (TrialState.RUNNING, TrialState.WAITING)
-        before = sum(other.number < trial.number for other in self._trials(earlier)) + len(self._trials(TOLD))
-        if before >= self.wanted:  # another worker was first
-            self._close(trial.number)
-            return None
-        return trial
+        return None
 
     @contextmanager
     def alive(self, trial: Trial) -> Iterator[None]:
-        """Says in the background that somebody works on `trial`."""
+        """Says that the run of `trial` begins, and in the background that somebody works on it."""
         over = threading.Event()
+        trial.set_user_attr("beat", 0)
 
         def beat() -> None:
             times = 0
@@ -122,6 +141,9 @@ class Trials:
 
     def tell(self, trial: Trial, result: Result) -> bool:
         """Records the result; False if the trial was closed in the meantime, and the result is dropped."""
+        if self._successors(trial.number):
+            self._close(trial.number)
+            return False
         try:
             trial.set_user_attr("setting", result.setting)
             trial.set_user_attr("run", {k: v for k, v in asdict(result).items() if k not in ("setting", "number")})
@@ -129,29 +151,42 @@ class Trials:
                 self.study.tell(trial, state=TrialState.PRUNED)
             else:
                 self.study.tell(trial, result.value)
-        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
-            if self._state(trial.number) == TrialState.RUNNING:
+        except (UpdateFinishedTrialError, ValueError):
+            if self._held(trial.number).state == TrialState.RUNNING:
                 raise
             return False
         return True
 
     def give_back(self, trial: Trial) -> None:
         """Closes a trial that was broken off through no fault of its setting, which goes back into the queue."""
-        number = trial.number
-        held = next(one for one in self.study.get_trials(deepcopy=False) if one.number == number)
-        if self._close(number):
-            self._again(held, held.user_attrs.get("attempt", 1))
+        held = self._held(trial.number)
+        if held.state == TrialState.RUNNING:
+            self._put_back(held, attempts(held))
 
     def reap(self) -> None:
-        """Closes what dead workers left, and puts the settings back into the queue."""
-        for trial in self._trials((TrialState.RUNNING,)):
-            if self._stale(trial) and self._close(trial.number):
-                self._again(trial, trial.user_attrs.get("attempt", 1) + 1)
+        """Closes what dead workers left, and puts the settings back into the queue.
 
-    def _again(self, trial: FrozenTrial, attempt: int) -> None:
-        if trial.params:
-            start = trial.user_attrs.get("start", "")
-            self.study.enqueue_trial(trial.params, user_attrs={"start": start, "attempt": attempt})
+        A setting whose run had not begun has no part in its worker's death.
+        """
+        for trial in self._trials((TrialState.RUNNING,)):
+            if self._stale(trial):
+                self._put_back(trial, attempts(trial) + ("beat" in trial.user_attrs))
+
+    def _put_back(self, trial: FrozenTrial, attempt: int) -> None:
+        """Queues what is known of the setting: all of one that came from the queue, however little was suggested."""
+        setting = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        if setting:
+            said = {"start": start_of(trial), "attempt": attempt, "after": trial.number}
+            self.study.enqueue_trial(setting, user_attrs=said)
+        self._close(trial.number)
+
+    def _successors(self, number: int) -> list[int]:
+        return [trial.number for trial in self._trials() if trial.user_attrs.get("after") == number]
+
+    def _superseded(self, trial: Trial) -> bool:
+        """Whether what `trial` was queued to repeat was told after all, or is repeated by an earlier one."""
+        after = trial.user_attrs.get("after")
+        return after is not None and (self._held(after).state in TOLD or min(self._successors(after)) < trial.number)
 
     def _stale(self, trial: FrozenTrial) -> bool:
         owner = trial.user_attrs.get("owner")
@@ -159,7 +194,7 @@ class Trials:
             return False  # this process's own
         if owner is not None and owner["host"] == HOST:
             return bool(_started(owner["process"]) != owner["started"])
-        sign, now = trial.user_attrs.get("beat", 0), time.monotonic()
+        sign, now = trial.user_attrs.get("beat"), self.clock()
         last, since = self._seen.setdefault(trial.number, (sign, now))
         if last != sign:
             self._seen[trial.number] = sign, now
@@ -170,14 +205,14 @@ class Trials:
         """Fails a running trial; False if it was finished in the meantime."""
         try:
             self.study.tell(number, state=TrialState.FAIL)
-        except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
+        except (UpdateFinishedTrialError, ValueError):
             return False
         return True
 
-    def _state(self, number: int) -> TrialState:
-        return next(trial.state for trial in self.study.get_trials(deepcopy=False) if trial.number == number)
+    def _held(self, number: int) -> FrozenTrial:
+        return next(trial for trial in self._trials() if trial.number == number)
 
-    def _trials(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+    def _trials(self, states: tuple[TrialState, ...] | None = None) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
 
 
@@ -201,11 +236,11 @@ def _started(process: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def attempts(trial: Trial) -> int:
+def attempts(trial: Trial | FrozenTrial) -> int:
     return int(trial.user_attrs.get("attempt", 1))
 
 
-def start_of(trial: Trial) -> str:
+def start_of(trial: Trial | FrozenTrial) -> str:
     return str(trial.user_attrs.get("start", ""))
 
 

@@ -15,9 +15,8 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -35,17 +34,17 @@ from kfac_triton.tuning.baselines import ENTRANTS, Entrant
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.evidence import summary, verdict
 from kfac_triton.tuning.objective import Objective
-from kfac_triton.tuning.plan import LEADERS, REPEATS, SLOWER, VERSION, Plan, check, seconds_for, short_spec
+from kfac_triton.tuning.orphans import worker_command
+from kfac_triton.tuning.plan import HELD_OUT, LEADERS, REPEATS, SLOWER, VERSION, Plan, check, seconds_for, short_spec
 from kfac_triton.tuning.problems import find_task
 from kfac_triton.tuning.search import EVALUATIONS, Kind, OutOfTime, Runs, Search, Watch, measure, pruner
 from kfac_triton.tuning.space import SPACES, Space
-from kfac_triton.tuning.storage import LOST, open_storage
+from kfac_triton.tuning.storage import check_storage, lost, open_storage
 from kfac_triton.tuning.store import write_json
 from kfac_triton.tuning.task import Task, one_line
-from kfac_triton.tuning.trainer import evaluate
+from kfac_triton.tuning.trainer import Point, evaluate
 from kfac_triton.tuning.trials import HOST, REACHED, Result, Trials
 
-HELD_OUT = 10_000  # the first seed that no search has seen
 ORDINALS = ("first", "second", "third")  # what the starts of a baseline are called
 COMPILED_FROM = 30.0  # seconds of a run: shorter ones would mostly compile
 TILE_SECONDS = 900.0  # of a timeout that must be left for kernel tiles to be measured
@@ -131,7 +130,8 @@ def tune(
         compile: K-FAC's step; by default in trials of 30 s and more.
         tiles: on a GPU, measure kernel tiles for the task's shapes too.
         begun: when the time began, on the monotonic clock; by default now.
-        note, watch: told of each stage in words, and of each trial (`search.Watch`).
+        note, watch: told in words what begins and what came out of it, and of each phase, trial and run
+            (`search.Watch`).
 
     Raises:
         Mistake: the task or an option; Interrupted: by Ctrl-C, and the same call goes on.
@@ -145,7 +145,7 @@ def tune(
         return work.go(tiles)
     except KeyboardInterrupt:
         raise Interrupted(work.standing()) from None
-    except LOST as error:
+    except lost() as error:
         raise _lost(storage, error) from error
 
 
@@ -170,7 +170,7 @@ def join(task: str, storage: str, study: str | None = None, *, worker: int | Non
     work = Tuning(task, joined=True, worker=number, **asked)
     try:
         work.join()
-    except LOST as error:
+    except lost() as error:
         raise _lost(storage, error) from error
 
 
@@ -188,10 +188,15 @@ class Tuning:
         self.begun = time.monotonic() if begun is None else begun
         self.asked, self.joined, self.worker = asked, joined, worker
         self.note: Note = asked["note"]
+        self.watch: Watch = asked["watch"]
         check(asked, task)
+        if asked["storage"] is not None:
+            check_storage(asked["storage"], asked["jobs"])
+        self.space = settings_of.read_space(asked["space"], asked["fix"])
         self.deadline = math.inf if asked["timeout"] is None else self.begun + asked["timeout"]
         self.device = environment.find_device(asked["device"])
         self.spec = task if isinstance(task, str) else task.name or "task"
+        self.watch("phase", (f"loading {self.spec} and trying a step of it", 0))
         self.task = (
             find_task(task, asked["data"], self.device) if isinstance(task, str) else replace(task, name=self.spec)
         )
@@ -206,7 +211,6 @@ class Tuning:
             else open_storage(asked["storage"], asked["jobs"])
         )
         self.name = asked["study"] or short_spec(self.spec)
-        self.space = settings_of.read_space(asked["space"], asked["fix"])
         self.plan = self._plan()
         self.seeds = asked["seeds"]
         self.tiles: str | None = None
@@ -229,10 +233,13 @@ class Tuning:
             raise Mistake(f"--join: there is no study {self.name!r} in {where}; begin it without --join")
         main = self._open(self._study_name("kfac"), pruner(asked["prune"], asked["trials"]))
         stored = main.user_attrs.get("plan")
-        if there and (stored is None or stored.get("version") != VERSION):
+        begun = stored is not None or bool(main.get_trials(deepcopy=False))
+        if begun and (stored is None or stored.get("version") != VERSION):
             raise Mistake(f"study {self.name!r} in {where} is none of this version of kfac-tune; name another --study")
         held = None if stored is None else Plan(**{**stored, "baselines": tuple(stored["baselines"])})
-        if self.joined and held is not None:
+        if self.joined:
+            if held is None:
+                raise Mistake(f"--join: study {self.name!r} in {where} has no plan yet; run kfac-tune without --join")
             if held.signature != self.signature:
                 raise Mistake(f"--join: study {self.name!r} is of another model; join it with its own task")
             return held
@@ -280,8 +287,8 @@ class Tuning:
         model = self.task.model().to(self.device)
         begun = time.perf_counter()
         evaluate(self.task, model, self.device)
-        most = EVALUATING * seconds / (time.perf_counter() - begun)
-        return next((number for number in EVALUATIONS if number <= most), EVALUATIONS[-1])
+        spent, most = time.perf_counter() - begun, EVALUATING * seconds
+        return next((number for number in EVALUATIONS if number * spent <= most), EVALUATIONS[-1])
 
     def _end_of_defaults(self, main: optuna.Study, seconds: float, evaluations: int) -> float:
         """What the default settings end with, the median of three seeds."""
@@ -289,8 +296,9 @@ class Tuning:
         runs = Runs(self.task, objective, seed, self.device, evaluations, False, self.deadline)
         runs = replace(runs, ledger=self.ledger, warmed=self.warmed)
         contender = Contender("defaults", ENTRANTS["kfac"], {})
-        first = self.asked["seed"]
-        ends = [self._kept(main, "target", contender, seed, runs).value for seed in range(first, first + 3)]
+        seeds = range(self.asked["seed"], self.asked["seed"] + 3)
+        self._phase("measuring the target, which the defaults end with", len(seeds))
+        ends = [self._kept(main, "target", contender, seed, runs, f"defaults, seed {seed}").value for seed in seeds]
         return float(f"{median(ends):.4g}")
 
     # ----------------------------------------------------------------------------------------------------- the stages
@@ -315,6 +323,11 @@ class Tuning:
         runs = self._measured(winners)
         return self._result(winners, runs)
 
+    def _phase(self, text: str, runs: int = 0) -> None:
+        """What begins, and how many runs it has."""
+        self.watch("phase", (text, runs))
+        self.note(text)
+
     def _measure_tiles(self) -> None:
         from kfac_triton.kernels._launch import triton
         from kfac_triton.tuning.tiles import measured_for
@@ -322,7 +335,7 @@ class Tuning:
         if triton is None or self.deadline - time.monotonic() < TILE_SECONDS:
             self.note("kernel tiles: not measured, for want of triton or of time; kfac-tune kernels does it apart")
             return
-        self.note("measuring kernel tiles")
+        self._phase("measuring kernel tiles")
         self.tiles = measured_for(self.task, self.device).name
 
     def standing(self) -> str:
@@ -348,29 +361,29 @@ class Tuning:
             "device": str(self.device), "data": None if asked["data"] is None else str(asked["data"]),
             "compile": self.compile, "timeout": left, "jobs": asked["jobs"],
         }  # fmt: skip
-        command = [sys.executable, "-m", "kfac_triton.tuning.worker"]
-        return [
-            subprocess.Popen([*command, json.dumps({**orders, "worker": index})]) for index in range(1, asked["jobs"])
-        ]
+        each = [json.dumps({**orders, "worker": index}) for index in range(1, asked["jobs"])]
+        return [subprocess.Popen(worker_command("kfac_triton.tuning.worker", one)) for one in each]
 
     def _search(self, *, stay: bool = True) -> None:
-        self.asked["watch"]("plan", self.plan)
         for place, (name, study) in enumerate(self.studies.items()):
-            self.note(f"searching {name}: {self.plan.trials} trials of at most {self.plan.seconds:g} s")
+            text = f"searching {name}: {self.plan.trials} trials of at most {self.plan.seconds:g} s"
+            self._phase(text, self.plan.trials)
             self._searcher(name, study, self._search_deadline(len(self.studies) - place)).go(stay=stay)
 
     def _enqueue(self) -> None:
-        """Puts what is known into the queues of studies that have not begun."""
+        """Puts what is known into the queues. Each study keeps the list, so that a call that goes on has the same."""
         for name, study in self.studies.items():
-            if study.get_trials(deepcopy=False):
-                continue
             search = self._searcher(name, study, math.inf)
-            if name == "kfac":
-                known = settings_of.starts(search.space, self._earlier())
-            else:
-                known = {ORDINALS[place]: start for place, start in enumerate(search.space.starts)}
-            for start, setting in known.items():
-                search.trials.enqueue(search.space.drawn(setting), start)
+            if "starts" not in study.user_attrs:
+                known = {start: search.space.drawn(setting) for start, setting in self._starts(name, search.space)}
+                study.set_user_attr("starts", known)
+            for start, setting in study.user_attrs["starts"].items():
+                search.trials.enqueue(setting, start)
+
+    def _starts(self, name: str, space: Space) -> Iterable[tuple[str, dict[str, Any]]]:
+        if name == "kfac":
+            return settings_of.starts(space, self._earlier()).items()
+        return zip(ORDINALS, space.starts, strict=False)
 
     def _searcher(self, name: str, study: optuna.Study, deadline: float) -> Search:
         kfac = name == "kfac"
@@ -379,7 +392,7 @@ class Tuning:
         entrant = SEARCHED if kfac else ENTRANTS[name]
         trials = Trials(study, self.plan.trials)
         core = settings_of.CORE if kfac else ()
-        return Search(runs, entrant, space, trials, self.plan.pruner, core, self.asked["watch"], self.worker)
+        return Search(runs, entrant, space, trials, self.plan.pruner, core, self.watch, self.worker)
 
     @property
     def objective(self) -> Objective:
@@ -425,13 +438,15 @@ class Tuning:
         search = self._searcher(name, study, self._last_call())
         leaders = _best(search.trials.results())[:LEADERS]
         ranked: list[tuple[float, int, Result, float]] = []
+        self._phase(f"measuring {name}'s best {len(leaders)} on {REPEATS} other seeds", len(leaders) * REPEATS)
         for place, leader in enumerate(leaders):
             contender = Contender(name, search.entrant, leader.setting)
-            others = [
-                result
-                for seed in range(self.plan.seed + 1, self.plan.seed + 1 + REPEATS)
-                if (result := self._kept(study, "leader", contender, seed, search.runs, late=True)) is not None
-            ]
+            others = []
+            for seed in range(self.plan.seed + 1, self.plan.seed + 1 + REPEATS):
+                label = f"{name}, leader {place + 1}, seed {seed}"
+                result = self._kept(study, "leader", contender, seed, search.runs, label, late=True)
+                if result is not None:
+                    others.append(result)
             every = [leader, *others]
             rate = median(result.steps / max(result.seconds, 1e-9) for result in every)
             value = fmean(result.value for result in others) if others else math.inf
@@ -456,8 +471,8 @@ class Tuning:
         contenders = list(self._contenders(winners))
         found: dict[str, list[Result]] = {contender.name: [] for contender in contenders}
         for seed in range(HELD_OUT, HELD_OUT + self.seeds):
-            self.note(f"measuring on held-out seed {seed - HELD_OUT + 1} of {self.seeds}")
-            row = [self._kept(main, "held-out", contender, seed, runs, late=True) for contender in contenders]
+            self._phase(f"measuring on held-out seed {seed - HELD_OUT + 1} of {self.seeds}", len(contenders))
+            row = [self._kept(main, "held-out", one, seed, runs, one.name, late=True) for one in contenders]
             if None in row:
                 break  # out of time: a seed that not all have run says nothing
             for contender, result in zip(contenders, row, strict=True):
@@ -481,9 +496,18 @@ class Tuning:
         return max(1, round(winner[1] * self.plan.seconds))
 
     def _kept(
-        self, study: optuna.Study, stage: str, contender: Contender, seed: int, runs: Runs, *, late: bool = False
+        self,
+        study: optuna.Study,
+        stage: str,
+        contender: Contender,
+        seed: int,
+        runs: Runs,
+        label: str,
+        *,
+        late: bool = False,
     ) -> Any:
-        """A run that the study may already have; None if there is no time for it, where that may be (`late`)."""
+        """A run that the study may already have; None if there is no time for it, where that may be (`late`). Whoever
+        watches knows it by its `label`."""
         text = json.dumps(plain_arguments(contender.hyper), sort_keys=True)
         key = f"{stage} {contender.name} {hashlib.sha256(text.encode()).hexdigest()[:12]} {seed} {HOST}"
         if key in study.user_attrs:
@@ -491,13 +515,20 @@ class Tuning:
             return Result(setting=contender.hyper, **{**held, "points": [tuple(p) for p in held["points"]]})
         if late and time.monotonic() > runs.deadline:
             return None
+
+        def seen(point: Point, points: Sequence[Point]) -> str:
+            self.watch("point", (label, point))
+            return ""
+
+        self.watch("run", (label, contender.hyper))
         try:
-            result = measure(runs, contender.entrant, contender.hyper, seed)
+            result = measure(runs, contender.entrant, contender.hyper, seed, stop=seen)
         except OutOfTime:
             if late:
                 return None
             raise Mistake(f"--timeout {self.asked['timeout']:g} ended before the first run of the defaults") from None
         study.set_user_attr(key, {k: v for k, v in asdict(result).items() if k != "setting"})
+        self.watch("ran", (label, result))
         return result
 
     # ----------------------------------------------------------------------------------------------------- the result
@@ -612,10 +643,7 @@ def plain_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Raises: Mistake: it can't be written; what was there is still whole."""
     tuned.check(content, str(path))
-    try:
-        write_json(path, dict(content))
-    except OSError as error:
-        raise Mistake(f"--out {path} cannot be written: {error.strerror}; name another file") from error
+    write_json(path, dict(content), f"--out {path}")
 
 
 def _short(value: Any) -> str:

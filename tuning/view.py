@@ -1,10 +1,10 @@
-"""How a search is told: a live table on a terminal, plain lines elsewhere, nothing when quiet."""
+"""How a tuning is told: a live table of its phase on a terminal, plain lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -24,14 +24,20 @@ SHOWN = 6  # of the last results
 class View:
     """Notes and watches a `Tuning`; a context manager for the live table."""
 
-    def __init__(self, timeout: float | None = None, quiet: bool = False) -> None:
-        self.begun, self.timeout = time.monotonic(), timeout
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    def __init__(
+        self,
+        timeout: float | None = None,
+        quiet: bool = False,
+        *,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock, self.begun, self.timeout = clock, clock(), timeout
+        self.console = console or Console(
+            stderr=True, quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False
+        )
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
-        self.trials = 0  # of a search
-        self.stage, self.running, self.curve = "", "", list[float]()
-        self.results: list[Result] = []
-        self.counts = {"done": 0, "running": 0, "pruned": 0}
+        self._begin("", 0)
 
     def __enter__(self) -> View:
         if self.live is not None:
@@ -45,56 +51,74 @@ class View:
             self.live.stop()
 
     def note(self, text: str) -> None:
-        """A new stage, or what came out of one."""
-        self.stage, self.results, self.running = text, [], ""
-        self.counts = dict.fromkeys(self.counts, 0)
+        """A phase begins, or what came out of one."""
         self._say(text)
 
     def watch(self, what: str, value: Any) -> None:
-        """What `search.Search` tells of its trials."""
-        if what == "trial":
-            number, setting = value
-            self.running = f"trial {number}: {listed(setting)}"
-            self.curve = []
-        elif what == "plan":
-            self.trials = value.trials
+        """What a `Tuning` tells of its phases and runs, and `search.Search` of its trials."""
+        if what == "phase":
+            self._begin(*value)
+        elif what == "trial":
+            self._run(f"trial {value[0]}", value[1])
+        elif what == "run":
+            self._run(*value)
         elif what == "counts":
             self.counts = value
         elif what == "point":
             point: Point = value[1]
             self.curve.append(point.train)
+        elif what == "told":
+            self._ran(f"trial {value.number}", value)
         else:
-            self._told(value)
+            self._ran(*value)
         if self.live is not None:
             self.live.update(self._table(), refresh=True)
 
-    def _told(self, result: Result) -> None:
-        self.results.append(result)
-        self._say(f"trial {result.number}: {outcome(result)} ({listed(result.setting)})", plain_only=True)
+    def _begin(self, phase: str, runs: int) -> None:
+        """A phase of so many runs; 0: nobody counts them."""
+        self.phase, self.runs, self.running, self.curve = phase, runs, "", list[float]()
+        self.results = list[tuple[str, Result]]()
+        self.counts = dict[str, int]()
+
+    def _run(self, label: str, setting: Mapping[str, Any]) -> None:
+        self.running, self.curve = f"{label}: {listed(setting)}", []
+
+    def _ran(self, label: str, result: Result) -> None:
+        self.results.append((label, result))
+        self._say(f"{label}: {outcome(result)} ({listed(result.setting)})", plain_only=True)
 
     def _table(self) -> Group:
-        good = [result for result in self.results if result.good]
-        best = min((result.value for result in good), default=math.nan)
-        spent = time.monotonic() - self.begun
-        if self.timeout is not None:
-            left = f"{max(self.timeout - spent, 0):.0f} s left"
-        else:  # of this search, if its trials go on as long as they did
-            walls = [result.wall for result in self.results]
-            more = max(self.trials - self.counts["done"] - self.counts["pruned"], 0)
-            left = f"about {more * sum(walls) / len(walls):.0f} s left in this search" if walls else "the first trial"
-        head = Text(
-            f"{self.stage}\n{self.counts['done']} done, {self.counts['running']} running, "
-            f"{self.counts['pruned']} pruned; best "
-            f"{best:.4g}; {spent:.0f} s spent, {left}"
-        )
+        head = Text(f"{self.phase}\n" + "; ".join(part for part in (self._progress(), self._time()) if part))
         table = Table(box=None, show_header=False)
-        for result in self.results[-SHOWN:]:
-            table.add_row(str(result.number), outcome(result), Text(listed(result.setting), overflow="ellipsis"))
+        for label, result in self.results[-SHOWN:]:
+            table.add_row(label, outcome(result), Text(listed(result.setting), overflow="ellipsis"))
         return Group(head, table, Text(f"{self.running}\n{sparkline(self.curve)}"))
+
+    def _progress(self) -> str:
+        if not self.runs:
+            return ""
+        good = [result.value for _, result in self.results if result.good]
+        done = (
+            ", ".join(f"{number} {kind}" for kind, number in self.counts.items())
+            if self.counts
+            else f"{len(self.results)} of {self.runs} runs done"
+        )
+        return f"{done}; best {min(good):.4g}" if good else done
+
+    def _time(self) -> str:
+        spent = self.clock() - self.begun
+        if self.timeout is not None:
+            return f"{spent:.0f} s spent, {max(self.timeout - spent, 0):.0f} s left"
+        walls = [result.wall for _, result in self.results]
+        if not walls:
+            return f"{spent:.0f} s spent"
+        done = self.counts["done"] + self.counts["pruned"] if self.counts else len(walls)
+        left = max(self.runs - done, 0) * sum(walls) / len(walls)  # if the others take as long
+        return f"{spent:.0f} s spent, about {left:.0f} s left in this phase"
 
     def _say(self, text: str, plain_only: bool = False) -> None:
         if self.live is None or not plain_only:
-            self.console.print(f"[{time.monotonic() - self.begun:7.1f} s] {text}")
+            self.console.print(f"[{self.clock() - self.begun:7.1f} s] {text}")
 
 
 def outcome(result: Result) -> str:
