@@ -84,6 +84,8 @@ class AdaptiveStep:
         if not bool(torch.isfinite(proposal.predicted)):
             self._adapt(groups, -math.inf)
             return report
+        for group in groups:
+            group["promise"] = abs(float(proposal.predicted))
         check = first["adaptive_damping"] and (step + 1) % self._adaptation.interval == 0
         if check:
             report |= self._check(optimizer, proposal, objective)
@@ -190,7 +192,7 @@ class AdaptiveStep:
             group["gamma"] = best.gamma
         for w, own in best.inverses.items():
             state[w].update(own)
-        device = now.finite.device
+        device = now.gradients.finite.device
         faster = curvature.settings.precision == "auto" and ops.multiplies_bf16_faster(device)
         if distributed.common([faster], device)[0]:
             return self._rounded_or_not(optimizer, curvature, now, fallback, best.proposal)

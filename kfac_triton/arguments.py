@@ -148,7 +148,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 DEFAULT_KL_CLIP = 1e-3
 # What a group counts from the first step on: steps, loss terms of an example, the largest lr where kl_annealing is on.
-COUNTERS = {"step": 0, "terms_per_example": 1, "peak_lr": 0.0}
+COUNTERS = {"step": 0, "terms_per_example": 1, "peak_lr": 0.0, "promise": 0.0}
 DEFAULT_FALLBACK_LR = 1e-3  # of AdamW, where lr is a multiplier of the adaptive step length
 CALIBRATED_FROM = 0.6  # where the search for a first damping begins; the paper's start is 150
 

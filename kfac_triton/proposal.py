@@ -22,12 +22,14 @@ from kfac_triton.capture import Inputs
 from kfac_triton.curvature import Curvature
 from kfac_triton.objective import Objective, moved
 from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
+from kfac_triton.step_plan import Blocks, Fallback, Gradients, Hyper, Plan
 
 # The last step of a few examples is mostly noise, and a longer one along it more so. With batches of 16 and no bound,
 # one of five seeds of a small ResNet and one of a transformer ended above AdamW; with this one none did.
 MAX_MOMENTUM = 1.0
+LEAP = 100.0  # times the last step's promise is the most that one without a loss to go by may promise
 
-Arguments = tuple[update.Plan, update.Hyper, update.Blocks, update.Fallback]
+Arguments = tuple[Plan, Hyper, Blocks, Fallback]
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,12 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Occasion:
-    """One call of step(): parameters with a gradient, the inputs seen, what undoes a GradScaler's scale, whether every
-    gradient is finite, and with a closure the objective."""
+    """One call of step(): parameters with a gradient, the inputs seen, what is known of the gradients, and with a
+    closure the objective."""
 
     parameters: list[nn.Parameter]
     kept: list[Inputs]
-    unscale: Tensor
-    finite: Tensor
+    gradients: Gradients
     objective: Objective | None
 
 
@@ -80,9 +81,10 @@ class Proposer:
         group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
         first = optimizer.param_groups[0]
         longest = max(float(group["lr"]) for group in optimizer.param_groups)
+        units = hyper.loss_scale * hyper.size  # in which the gradient is, and V
         gradient, natural = _gradient_and_natural(*update.precondition(plan, hyper, blocks), plan, blocks)
         for p, grad in zip(tensors.parameters, tensors.grads, strict=True):
-            gradient[cast(nn.Parameter, p)] = grad * hyper.unscale.to(grad)
+            gradient[cast(nn.Parameter, p)] = grad * (hyper.unscale / units).to(grad)
         for own, v in natural.items():  # an adaptive alpha would undo a factor that all share
             lr = float(group_of[own]["lr"])
             if lr != longest:
@@ -92,14 +94,14 @@ class Proposer:
             last = {p: optimizer.state[p]["momentum_buffer"] for p in natural}
         directions = [natural, last, fallback]
         fixed = [
-            None if first["adaptive_lr"] else longest,
+            None if first["adaptive_lr"] else longest * float(hyper.size),
             None if first["adaptive_momentum"] else float(first["momentum"]),
             1.0,
         ]
         strength = {p: self._loss_scale * group_of[p]["damping"] + group_of[p]["weight_decay"] for p in natural}
         F = self._fisher(directions, now, first["step"])
         H = F + _gram(directions, strength)
-        b = torch.stack([_inner(gradient, v, F) for v in directions])
+        b = units * torch.stack([_inner(gradient, v, F) for v in directions])
         w, _ = minimise(H, b, fixed)
         if first["adaptive_momentum"] and abs(float(w[1])) > MAX_MOMENTUM:
             fixed[1] = math.copysign(MAX_MOMENTUM, float(w[1]))
@@ -107,10 +109,17 @@ class Proposer:
         if first["adaptive_lr"] and longest != 1.0:
             w[0] *= longest
         decay = {p: group_of[p]["weight_decay"] for p in natural if group_of[p]["weight_decay"]}
-        if now.objective is not None:
-            height = now.objective.first + float(sum(eta * _dot(p, p) for p, eta in decay.items())) / 2
-            w = within(w, H, b, height) if height > 0 else w
-        return Proposal(_combined(directions, w), w, w @ H @ w / 2 + b @ w, decay)
+        height = self._height(now, decay)
+        most = height if height > 0 else LEAP * first["promise"]
+        w = within(w, H, b, most) if most > 0 else w
+        coefficients = torch.stack([w[0] / hyper.size, *w[1:]])
+        return Proposal(_combined(directions, w), coefficients, w @ H @ w / 2 + b @ w, decay)
+
+    def _height(self, now: Occasion, decay: dict[nn.Parameter, float]) -> float:
+        """The objective here, weight decay included; 0 without a closure."""
+        if now.objective is None:
+            return 0.0
+        return now.objective.first + float(sum(eta * _dot(p, p) for p, eta in decay.items())) / 2
 
     def _fisher(self, directions: list[Direction], now: Occasion, step: int) -> Tensor:
         """scale v_i^T F v_j, with zeros for directions that are empty."""
@@ -138,8 +147,8 @@ def fallback_direction(arguments: Arguments) -> Direction:
 
 def step_arguments(optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion) -> Arguments:
     """The arguments of `update.precondition` and of AdamW's update."""
-    precision = curvature.settings.precision
-    return assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite, precision)
+    known = curvature.settings.precision, curvature.settings.loss_scale
+    return assembly.assemble(optimizer, now.parameters, curvature.blocks, now.gradients, *known)
 
 
 def reduction_of(proposal: Proposal, objective: Objective) -> float:
@@ -156,7 +165,7 @@ def decay_change(decay: dict[nn.Parameter, float], delta: Direction) -> float:
 
 
 def _gradient_and_natural(
-    grads: list[Tensor], V: list[Tensor], plan: update.Plan, blocks: update.Blocks
+    grads: list[Tensor], V: list[Tensor], plan: Plan, blocks: Blocks
 ) -> tuple[Direction, Direction]:
     """grad + weight_decay W, and -V, by parameter."""
     gradient: Direction = {}
