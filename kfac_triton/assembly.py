@@ -102,7 +102,7 @@ def _add_block(
             state[name] = ops.padded(state[name])
         inverses.append(ops.whole(state[name]) if whole else state[name])
     around = (tensors.G_inv[-1].shape[-1], tensors.A_inv[-1].shape[-1])
-    tensors.spectra.append(_spectrum(state["spectrum"], around) if in_bases else weight.new_empty(0))
+    tensors.spectra.append(_spectrum(eigen.damped(state), around) if in_bases else weight.new_empty(0))
     tensors.dampings.append(state["eigen_damping"] if in_bases else weight.new_empty(0))
     for p, values, grads, buffers in (
         (weight, tensors.weights, tensors.weight_grads, tensors.weight_buffers),

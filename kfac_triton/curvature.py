@@ -23,6 +23,7 @@ from kfac_triton.damping import factored_damping
 from kfac_triton.empirical import EmpiricalSums
 from kfac_triton.expected import expected_uses
 from kfac_triton.fisher import FisherPass, Seen
+from kfac_triton.loss_scale import FirstGradients
 from kfac_triton.statistics import block_layout, joint_biases, layout_of, sharing_of, weight_statistics
 
 log = logging.getLogger("kfac_triton")
@@ -57,7 +58,7 @@ class Curvature:
         self._said: set[str] = set()
         self._named: set[nn.Parameter] = set()
         self._chain: list[nn.Parameter] = []
-        self._suspects: list[tuple[nn.Parameter, Tensor]] = []
+        self._suspects: list[tuple[nn.Parameter, tuple[Tensor, Tensor]]] = []
         self._unmeasured: list[kronecker.FactorUpdate] = []
         check_sharing(settings.weight_sharing, self.names.values())
         if settings.fisher == "empirical":
@@ -76,6 +77,8 @@ class Curvature:
         sweep_inert(module)
         on_forward = None if self._sums is None else self._sums.begin
         self.root = RootInputs(module, parameters, {"cpu", *(p.device.type for p in parameters)}, on_forward)
+        self._first = None if settings.likelihood is None else FirstGradients(settings, settings.likelihood)
+        self.root.on_outputs = None if self._first is None else self._first.outputs
 
     def close(self) -> None:
         """Remove every hook."""
@@ -98,6 +101,8 @@ class Curvature:
         self.root.forget()
         if self._sums is not None:
             self._sums.clear()
+        if self._first is not None:
+            self._first.forget()
 
     def restore(self, state: State) -> None:
         """The blocks that a loaded state describes."""
@@ -136,6 +141,9 @@ class Curvature:
         `unscale` undoes the GradScaler's scale, which the empirical Fisher's gradients carry.
         """
         self._report_suspects()
+        if self._first is not None:
+            self._first.warn(kept, unscale)
+            self._first = self.root.on_outputs = None
         due = [p for p in parameters if group_of(p)["step"] % group_of(p)["factor_interval"] == 0]
         update = max(group_of(p)["step"] for p in due)
         terms = max(group_of(p)["terms_per_example"] for p in due)
@@ -151,14 +159,20 @@ class Curvature:
         statistics = {w: found[w] for w in due if w in found}
         if not statistics:
             return
-        finite = torch.isfinite(torch.stack([torch.stack(s.magnitudes()).sum() for s in statistics.values()]))
-        usable = finite & torch.stack([s.present() for s in statistics.values()])
-        distributed.all_agree_(usable)
-        updates = []
-        for (weight, own), ok in zip(statistics.items(), usable.unbind(), strict=True):
+        sizes = {weight: own.sizes() for weight, own in statistics.items()}
+        finite = torch.isfinite(torch.stack([a + g for a, g in sizes.values()]))
+        present = torch.stack([own.present() for own in statistics.values()])
+        decays = {weight: group_of(weight)["factor_decay"] for weight in statistics}
+        for weight, own in statistics.items():
             self._adopt(weight, own.layout, own.bias, state)
-            updates.append(kronecker.FactorUpdate(state[weight], own, group_of(weight)["factor_decay"], ok))
-        self._suspects = list(zip(statistics, finite.unbind(), strict=True))
+        usual = [kronecker.typical(state[w], own, sizes[w], decays[w]) for w, own in statistics.items()]
+        usable = finite & present & torch.stack(usual)
+        distributed.all_agree_(usable)
+        updates = [
+            kronecker.FactorUpdate(state[weight], own, decays[weight], ok)
+            for (weight, own), ok in zip(statistics.items(), usable.unbind(), strict=True)
+        ]
+        self._suspects = list(zip(statistics, zip(finite.unbind(), usual, strict=True), strict=True))
         if finite.device.type == "cpu":
             self._report_suspects()
         if self.settings.approximation == "inverse_free":
@@ -311,10 +325,14 @@ class Curvature:
         return next((i for i, p in enumerate(self.module.parameters()) if p is bias), -1)
 
     def _report_suspects(self) -> None:
-        flags = torch.stack([finite for _, finite in self._suspects]).tolist() if self._suspects else []
-        for (weight, _), finite in zip(self._suspects, flags, strict=True):
+        flags = torch.stack([torch.stack(both) for _, both in self._suspects]).tolist() if self._suspects else []
+        for (weight, _), (finite, usual) in zip(self._suspects, flags, strict=True):
             if not finite:
                 self._warn_once(weight, "a Fisher pass gave numbers that are not finite; its factors skipped that pass")
+            elif not usual:
+                self._warn_once(
+                    weight, "a Fisher pass gave numbers far larger than those before; its factors skipped that pass"
+                )
         self._suspects.clear()
 
     def _warn_once(self, weight: nn.Parameter, message: str) -> None:

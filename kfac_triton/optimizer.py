@@ -70,7 +70,7 @@ class KFAC(torch.optim.Optimizer):
             matrix). "empirical": the gradients of your own loss, from modules of type Linear and Conv1d to Conv3d.
         approximation: "kronecker", block-diagonal. "tridiagonal": neighbours in a chain of linear layers are coupled
             (section 4.3); more memory and time in `kfac_triton.chain`. "eigen": block-diagonal, with the eigenvalues
-            measured in the factors' eigenbases (EKFAC) and damped as a whole; dearer refreshes and steps, in
+            measured in the factors' eigenbases (EKFAC), damped as the factors are; dearer refreshes and steps, in
             `kfac_triton.approximations.eigen`. "inverse_free": roots of the inverses that follow the statistics by
             products alone, in bfloat16 under bfloat16 parameters, in `kfac_triton.approximations.inverse_free`.
         weight_sharing: "expand": a row for every position of a shared weight. "reduce": one for every example. By

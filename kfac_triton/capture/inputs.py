@@ -87,7 +87,10 @@ class RootInputs(Hooks):
 
     Only calls in training mode with gradients enabled count, and only those whose backward pass came: the gradient of
     the outputs says so, or in a compiled model, where outputs carry no hooks, the first gradient of a parameter.
+    `on_outputs`, while it is there, may name a tensor in what the module returned and what is to receive its gradient.
     """
+
+    on_outputs: Callable[[Inputs, Any], tuple[Tensor, Callable[[Tensor], None]] | None] | None = None
 
     def __init__(
         self,
@@ -137,6 +140,10 @@ class RootInputs(Hooks):
         if torch.compiler.is_compiling() or self.inert or self._entered is None:
             return
         inputs, self._entered = self._entered, None
+        watched = None if self.on_outputs is None else self.on_outputs(inputs, returned)
+        if watched is not None:
+            tensor, receive = watched
+            tensor.register_hook(receive)
         tensors = list(_output_tensors(returned))
         for t in tensors:
             if t.grad_fn is not None:  # a hook on a leaf, a parameter among the outputs, would outlive the pass
