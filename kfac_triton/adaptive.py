@@ -98,6 +98,9 @@ class AdaptiveStep:
         }  # fmt: skip
         for group in groups:
             group["step"] += 1
+        if proposal.modelled:
+            for group in groups:
+                group["promise"] = abs(float(proposal.predicted))
         check = first["adaptive_damping"] and (step + 1) % self._adaptation.interval == 0 and proposal.judges_damping()
         if check:
             report |= self._check(optimizer, proposal, objective)
@@ -244,7 +247,7 @@ class AdaptiveStep:
             state[w].update(own)
         if not best.proposal.modelled:
             return best.proposal
-        device = now.finite.device
+        device = now.gradients.finite.device
         faster = curvature.settings.precision == "auto" and ops.multiplies_bf16_faster(device)
         if curvature.ranks.common([faster], device)[0]:
             return self._rounded_or_not(optimizer, curvature, now, fallback, best.proposal)

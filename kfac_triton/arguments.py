@@ -170,10 +170,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 DEFAULT_KL_CLIP = 1e-3
 # What a group counts from the first step on: steps, loss terms of an example, the largest lr where kl_annealing is on,
-# whether statistics come from the user's own passes; of the calibration of an adaptive damping the fewest and most
-# blocks that it saw, and its failures in a row.
+# whether statistics come from the user's own passes, what the last adaptive step promised; of the calibration of an
+# adaptive damping the fewest and most blocks that it saw, and its failures in a row.
 COUNTERS = {
-    "step": 0, "terms_per_example": 1, "peak_lr": 0.0, "piggyback": False,
+    "step": 0, "terms_per_example": 1, "peak_lr": 0.0, "piggyback": False, "promise": 0.0,
     "calibrated_least": 0, "calibrated_most": 0, "calibration_failures": 0,
 }  # fmt: skip
 DEFAULT_FALLBACK_LR = 1e-3  # of AdamW, where lr is a multiplier of the adaptive step length

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import ops
+from kfac_triton import ops, trust_region
 from kfac_triton.approximations import eigen, temporal, tridiagonal
 from kfac_triton.blocks.layout import DENSE, UNCORRELATED
 from kfac_triton.curvature import Block
-from kfac_triton.update import Blocks, Fallback, Hyper, LayerPlan, Plan, Scalar
+from kfac_triton.step_plan import Blocks, Fallback, Gradients, Hyper, LayerPlan, Plan, Scalar
 
 
 def assemble(
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     blocks: Mapping[nn.Parameter, Block],
-    unscale: Tensor,
-    finite: Tensor,
+    gradients: Gradients,
     precision: str = "ieee",
+    loss_scale: float = 1.0,
 ) -> tuple[Plan, Hyper, Blocks, Fallback]:
     """The arguments of `update.step_` for the parameters that have gradients; the groups say what "auto" means."""
     groups = optimizer.param_groups
@@ -30,8 +30,10 @@ def assemble(
     with_grad = set(parameters)
     ready = {w: b for w, b in blocks.items() if w in with_grad and eigen.ready(optimizer.state[w])}
     momentum = any(group["momentum"] != 0 or group["adaptive_damping"] for group in groups)
+    trust_region = any(group["kl_clip"] < float("inf") for group in groups)
+    device = gradients.finite.device
     plans, tensors, taken = [], Blocks(), set()
-    fused = ops.fuses(finite.device) and all(_in_place(w, b) for w, b in ready.items())
+    fused = ops.fuses(device) and all(_in_place(w, b) for w, b in ready.items())
     linked = any("chain" in optimizer.state[w] for w in ready)
     if linked:
         ready = _chained(optimizer, ready, blocks, tensors)
@@ -39,14 +41,16 @@ def assemble(
         has_grad = block.bias is not None and block.bias in with_grad
         bias_group = group_of[id(block.bias)] if has_grad else group_of[id(weight)]
         in_bases, transform = eigen.stored(optimizer.state[weight]), temporal.stored(optimizer.state[weight])
-        plans.append(
-            LayerPlan(block.layout, group_of[id(weight)], bias_group, has_grad, in_bases, transform is not None)
-        )
+        layer = LayerPlan(block.layout, group_of[id(weight)], bias_group, has_grad, in_bases, transform is not None)
+        plans.append(layer)
         if transform is not None:
             tensors.transforms.append(transform)
         dense = block.layout.A in (DENSE, UNCORRELATED) and block.layout.G == DENSE
         whole = fused and not linked and dense
         _add_block(tensors, optimizer, weight, block.bias if has_grad else None, momentum, whole)
+        if momentum and trust_region:
+            owners = (weight, block.bias) if layer.split else (weight,)
+            tensors.quadratics += [_quadratic(optimizer, p) for p in owners if p is not None]
         taken |= {weight, block.bias}
     rest = [p for p in parameters if p not in taken]
     fallback = Fallback()
@@ -55,15 +59,15 @@ def assemble(
     plan = Plan(
         tuple(plans),
         tuple(group_of[id(p)] for p in rest),
-        trust_region=any(group["kl_clip"] < float("inf") for group in groups),
+        trust_region=trust_region,
         momentum=momentum,
         weight_decay=any(group["weight_decay"] != 0 for group in groups),
         chain=bool(ready) and linked,
         bf16=precision == "bf16" or (precision == "auto" and bool(groups[0].get("bf16"))),
         fused=fused,
-        gated=finite.device.type != "cpu" or getattr(optimizer, "grad_scale", None) is not None,
+        gated=device.type != "cpu" or getattr(optimizer, "grad_scale", None) is not None,
     )
-    return plan, _hyper(optimizer, parameters, unscale, finite), tensors, fallback
+    return plan, _hyper(optimizer, parameters, gradients, loss_scale), tensors, fallback
 
 
 def _chained(
@@ -98,7 +102,7 @@ def _add_block(
             state[name] = ops.padded(state[name])
         inverses.append(ops.whole(state[name]) if whole else state[name])
     around = (tensors.G_inv[-1].shape[-1], tensors.A_inv[-1].shape[-1])
-    tensors.spectra.append(_spectrum(state["spectrum"], around) if in_bases else weight.new_empty(0))
+    tensors.spectra.append(_spectrum(eigen.damped(state), around) if in_bases else weight.new_empty(0))
     tensors.dampings.append(state["eigen_damping"] if in_bases else weight.new_empty(0))
     for p, values, grads, buffers in (
         (weight, tensors.weights, tensors.weight_grads, tensors.weight_buffers),
@@ -138,6 +142,14 @@ def _momentum_buffer(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> Tenso
     return buffer
 
 
+def _quadratic(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> Tensor:
+    state = optimizer.state[p]
+    if "quadratic" not in state:
+        state["quadratic"] = torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+    quadratic: Tensor = state["quadratic"]
+    return quadratic
+
+
 def _add_fallback(fallback: Fallback, optimizer: torch.optim.Optimizer, p: nn.Parameter) -> None:
     state = optimizer.state[p]
     if "exp_avg" not in state:
@@ -153,7 +165,9 @@ def _add_fallback(fallback: Fallback, optimizer: torch.optim.Optimizer, p: nn.Pa
     fallback.steps.append(state["fallback_step"])
 
 
-def _hyper(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], unscale: Tensor, finite: Tensor) -> Hyper:
+def _hyper(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], gradients: Gradients, loss_scale: float
+) -> Hyper:
     """0-d tensors, in double precision where a parameter is: a value that changes never changes the graph."""
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     device = parameters[0].device
@@ -175,6 +189,8 @@ def _hyper(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], uns
         scalars(itemgetter("weight_decay")),
         scalars(itemgetter("kl_clip")),
         scalars(lambda group: group["lr"] * group["fallback_ratio"]),
-        finite,
-        unscale,
+        gradients.finite,
+        gradients.unscale,
+        torch.full((), loss_scale, dtype=dtype, device=device),
+        trust_region.size_of(gradients.largest * gradients.unscale / loss_scale, gradients.finite).to(dtype),
     )

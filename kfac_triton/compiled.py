@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 
 from kfac_triton import ops
-from kfac_triton.update import Blocks, Fallback, Hyper, Plan, step_
+from kfac_triton.step_plan import Blocks, Fallback, Hyper, Plan
+from kfac_triton.update import step_
 
 log = logging.getLogger("kfac_triton")
 

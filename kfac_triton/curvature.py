@@ -23,6 +23,7 @@ from kfac_triton.distributed import Ranks
 from kfac_triton.empirical import EmpiricalSums
 from kfac_triton.expected import expected_uses
 from kfac_triton.fisher import FisherPass, Seen
+from kfac_triton.loss_scale import FirstGradients
 from kfac_triton.parts import Parts
 from kfac_triton.piggyback import Piggyback
 from kfac_triton.statistics import block_layout, joint_biases, layout_of, sharing_of, weight_statistics
@@ -75,7 +76,7 @@ class Curvature:
         self._said: set[str] = set()
         self._named: set[nn.Parameter] = set()
         self._chain: list[nn.Parameter] = []
-        self._suspects: list[tuple[nn.Parameter, Tensor]] = []
+        self._suspects: list[tuple[nn.Parameter, tuple[Tensor, Tensor]]] = []
         self._unmeasured: list[kronecker.FactorUpdate] = []
         check_sharing(settings.weight_sharing, self.names.values())
         self.scripted = isinstance(module, torch.jit.ScriptModule)  # it takes no hooks and hides its functions
@@ -106,6 +107,8 @@ class Curvature:
             self._sums.follow = follow
         if self._piggyback is not None:
             self._piggyback.ledger = self.passes
+        self._first = None if settings.likelihood is None else FirstGradients(settings, settings.likelihood)
+        self.passes.on_outputs = None if self._first is None else self._first.outputs
 
     def close(self) -> None:
         """Remove every hook."""
@@ -148,6 +151,12 @@ class Curvature:
     def forget(self) -> None:
         """Drop what was kept for a step that does not come."""
         self.passes.forget()
+        if self._first is not None:
+            self._first.forget()
+
+    def trust_loss_scale(self) -> None:
+        """Compare loss_scale with no gradient."""
+        self._first = self.passes.on_outputs = None
 
     def restore(self, state: State) -> None:
         """The blocks that a loaded state describes."""
@@ -183,6 +192,11 @@ class Curvature:
         """
         self._report_suspects()
         seen = None if self._piggyback is None else self._piggyback.take(kept)
+        if self._first is not None:
+            named = self._first.warn([call.inputs for call in kept], unscale)
+            if self._pass is not None:
+                self._pass.axis_named = named
+            self.trust_loss_scale()
         if seen is None and not self._repeatable(kept):
             return
         due = [p for p in parameters if group_of(p)["step"] % group_of(p)["factor_interval"] == 0]
@@ -200,14 +214,20 @@ class Curvature:
         statistics = {w: found[w] for w in due if w in found}
         if not statistics:
             return
-        finite = torch.isfinite(torch.stack([torch.stack(s.magnitudes()).sum() for s in statistics.values()]))
-        usable = finite & torch.stack([s.present() for s in statistics.values()])
-        self.ranks.all_agree_(usable)
-        updates = []
-        for (weight, own), ok in zip(statistics.items(), usable.unbind(), strict=True):
+        sizes = {weight: own.sizes() for weight, own in statistics.items()}
+        finite = torch.isfinite(torch.stack([a + g for a, g in sizes.values()]))
+        present = torch.stack([own.present() for own in statistics.values()])
+        decays = {weight: group_of(weight)["factor_decay"] for weight in statistics}
+        for weight, own in statistics.items():
             self._adopt(weight, own.layout, own.bias, state)
-            updates.append(kronecker.FactorUpdate(state[weight], own, group_of(weight)["factor_decay"], ok))
-        self._suspects = list(zip(statistics, finite.unbind(), strict=True))
+        usual = [kronecker.typical(state[w], own, sizes[w], decays[w]) for w, own in statistics.items()]
+        usable = finite & present & torch.stack(usual)
+        self.ranks.all_agree_(usable)
+        updates = [
+            kronecker.FactorUpdate(state[weight], own, decays[weight], ok)
+            for (weight, own), ok in zip(statistics.items(), usable.unbind(), strict=True)
+        ]
+        self._suspects = list(zip(statistics, zip(finite.unbind(), usual, strict=True), strict=True))
         if finite.device.type == "cpu":
             self._report_suspects()
         if self.settings.approximation == "inverse_free":
@@ -403,10 +423,14 @@ class Curvature:
         return next((i for i, p in enumerate(self.module.parameters()) if p is bias), -1)
 
     def _report_suspects(self) -> None:
-        flags = torch.stack([finite for _, finite in self._suspects]).tolist() if self._suspects else []
-        for (weight, _), finite in zip(self._suspects, flags, strict=True):
+        flags = torch.stack([torch.stack(both) for _, both in self._suspects]).tolist() if self._suspects else []
+        for (weight, _), (finite, usual) in zip(self._suspects, flags, strict=True):
             if not finite:
                 self._warn_once(weight, "a Fisher pass gave numbers that are not finite; its factors skipped that pass")
+            elif not usual:
+                self._warn_once(
+                    weight, "a Fisher pass gave numbers far larger than those before; its factors skipped that pass"
+                )
         self._suspects.clear()
 
     def _warn_once(self, weight: nn.Parameter, message: str) -> None:

@@ -142,6 +142,7 @@ class FisherPass:
     blocks: Blocks = field(default_factory=dict)
     parts: Parts = field(default_factory=Parts)
     _unseen: UnseenUses = field(default_factory=UnseenUses)
+    axis_named: bool = False
     _outputs_checked: bool = False
 
     def run(
@@ -223,12 +224,13 @@ class FisherPass:
     def check_outputs(self, inputs: Inputs, z: Tensor) -> None:
         """Warns where the outputs of the very first pass are probabilities, or have their classes on another axis.
 
-        Later passes are not looked at: a device would have to be waited for.
+        Later passes are not looked at: a device would have to be waited for. `axis_named`: it was said already.
         """
         if self._outputs_checked:
             return
         self._outputs_checked = True
-        warn_of_image_axis(self.likelihood, z, filter(dense, inputs.tensors()))
+        if not self.axis_named:
+            warn_of_image_axis(self.likelihood, z, filter(dense, inputs.tensors()))
         if self.likelihood.looks_like_probabilities(z):
             log.warning(
                 "the model returns probabilities, but likelihood=%r takes logits: pass logits, without the softmax or "

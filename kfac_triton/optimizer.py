@@ -27,6 +27,7 @@ from kfac_triton.membership import Members
 from kfac_triton.objective import Objective
 from kfac_triton.proposal import Occasion
 from kfac_triton.schedules import Schedule
+from kfac_triton.step_plan import Gradients
 
 log = logging.getLogger("kfac_triton")
 
@@ -37,7 +38,8 @@ class KFAC(torch.optim.Optimizer):
     For every weight W (d_out, d_in[+1], the bias as last column) the Fisher of the mean nll over loss terms is held as
     G (x) A, running averages of the second moments of the layer's output gradients and inputs, and the step is
 
-        V = (G + gamma / pi I)^-1 grad (A + pi gamma I)^-1,   W <- W - lr (momentum buf + nu V),   gamma = sqrt(damping)
+        V = (G + gamma / pi I)^-1 grad (A + pi gamma I)^-1,   gamma = sqrt(damping)
+        buf <- momentum buf + nu V,   W <- W - tau lr buf,   nu and tau at most 1, from kl_clip
 
     The factors come from a pass of K-FAC's own inside `step()`, over a part of the inputs that the model saw since the
     last step; the loss, its graph, `.grad`, BatchNorm's statistics and the random streams are left alone.
@@ -59,7 +61,10 @@ class KFAC(torch.optim.Optimizer):
         weight_decay: l2 coefficient; it enters the gradient before preconditioning.
         likelihood: of the model's outputs: "categorical", "bernoulli", "gaussian" or a `Likelihood`. Not needed for
             fisher="empirical".
-        loss_scale: your loss = loss_scale * mean nll over loss terms. Read by fisher="empirical" and adaptive modes.
+        loss_scale: your loss = loss_scale * mean nll over loss terms; for MSELoss on (N, C) with "gaussian" it is 2/C,
+            for BCEWithLogitsLoss on (N, C) 1/C, for a sum over L terms L. The objective, loss + weight_decay |w|^2 / 2,
+            is divided by it before preconditioning, so that lr, damping and kl_clip have the scale of the mean nll
+            whatever the reduction. AdamW, for parameters without a block, takes the gradient as it is.
         output: from what the model returned to the tensor of outputs; default: the tensor itself, or its `.logits`.
         mask: (inputs, outputs) -> bool tensor of the loss terms that count, shape of the outputs less the likelihood's
             axis. `inputs` is the model's only argument, the tuple of several, or the dictionary of keyword arguments.
@@ -71,7 +76,7 @@ class KFAC(torch.optim.Optimizer):
             the model one after the other, which no replay can repeat. Compiled code can only be replayed.
         approximation: "kronecker", block-diagonal. "tridiagonal": neighbours in a chain of linear layers are coupled
             (section 4.3); more memory and time in `kfac_triton.chain`. "eigen": block-diagonal, with the eigenvalues
-            measured in the factors' eigenbases (EKFAC) and damped as a whole; dearer refreshes and steps, in
+            measured in the factors' eigenbases (EKFAC), damped as the factors are; dearer refreshes and steps, in
             `kfac_triton.approximations.eigen`. "inverse_free": roots of the inverses that follow the statistics by
             products alone, in bfloat16 under bfloat16 parameters, in `kfac_triton.approximations.inverse_free`.
         weight_sharing: "expand": a row for every position of a shared weight. "reduce": one for every example. By
@@ -92,8 +97,10 @@ class KFAC(torch.optim.Optimizer):
         quadratic_fraction: the share of the batch for the adaptive modes' products with the exact Fisher. Less than all
             makes cheaper and less certain steps.
         max_factor_dim: a wider side of a weight gets up to four blocks of that width, and a wider one yet a diagonal.
-        kl_clip: bound delta on lr^2 sum <V, grad> / 2, the KL divergence (nats) of one step before momentum; V is
-            scaled down to it (Wu et al. 2017, section 3). None: no bound, for which damping must be tuned first. By
+        kl_clip: bound on the KL divergence (nats of the mean nll) of every step, momentum included: V is scaled down to
+            lr^2 sum <V, grad> / 2 <= kl_clip (Wu et al. 2017, section 3) before it enters the momentum, and a step with
+            momentum to the same bound (`kfac_triton.trust_region`). None: no bound, for which damping must be tuned
+            first, and a huge gradient makes a huge step; one with entries beyond 2^64 counts as one of that size. By
             default 1e-3, and None with lr="adaptive", which takes no bound.
         kl_annealing: the largest lr so far stands in the bound for lr, so that a schedule of lr shortens the steps that
             the bound holds as it does the others. Without it such a step is as long at a small lr as at a large one.
@@ -422,7 +429,8 @@ class KFAC(torch.optim.Optimizer):
         curvature.ranks.note(curvature.passes.wrapper, curvature.module)
         if objective is not None:
             _check_passes(earlier, kept)
-        unscale, finite = self._scaler_state(parameters)
+        gradients = self._scaler_state(parameters)
+        unscale, finite, _ = gradients
         if not parameters:
             curvature.forget()
             return loss
@@ -435,7 +443,8 @@ class KFAC(torch.optim.Optimizer):
             return groups[id(p)]
 
         look = not kept or finite.device.type == "cpu"  # on a GPU a look waits for it
-        if look and self._all_zero(parameters):
+        zero = look and self._all_zero(parameters)
+        if zero and not (kept and curvature.blocks):
             curvature.forget()
             if not kept and not self.state:
                 checkpoint.prepare(self, curvature, parameters)
@@ -447,7 +456,9 @@ class KFAC(torch.optim.Optimizer):
             self._check_known(curvature, adaptive)
         trained = [p for p in parameters if p.requires_grad]
         due = any(group["step"] % group["factor_interval"] == 0 for group in map(group_of, trained))
-        if (kept or curvature.scripted) and due and not curvature.passes.incomplete:
+        if (kept or curvature.scripted) and due and not (zero or curvature.passes.incomplete):
+            if self._scaled and getattr(self, "grad_scale", None) is None:
+                curvature.trust_loss_scale()  # unscaled before, by a scale that is gone
             curvature.update_factors(kept, self.state, trained, group_of, unscale)
         curvature.forget()
         for group in self.param_groups:
@@ -455,14 +466,14 @@ class KFAC(torch.optim.Optimizer):
         if adaptive:
             assert self._adaptive is not None
             self._check_repeatable(kept)
-            occasion = Occasion(parameters, [call.inputs for call in kept], unscale, finite, objective)
+            occasion = Occasion(parameters, [call.inputs for call in kept], gradients, objective)
             self._last = self._adaptive.step(self, curvature, occasion)
             self._forward_only = objective is None or objective.forward_only
             curvature.passes.reset()  # compiled code cannot tell that K-FAC called the closure
             return loss
         curvature.update_inverses(self.state, group_of)
-        precision = self._settings.precision
-        self._step_function(*assembly.assemble(self, parameters, curvature.blocks, unscale, finite, precision))
+        known = self._settings.precision, self._settings.loss_scale
+        self._step_function(*assembly.assemble(self, parameters, curvature.blocks, gradients, *known))
         for group in self.param_groups:
             group["step"] += 1
         self._uncounted = None if finite.device.type == "cpu" else finite
@@ -505,17 +516,19 @@ class KFAC(torch.optim.Optimizer):
             self._follow(self._curvature)
         return super().state_dict()
 
-    def _scaler_state(self, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
-        """(what undoes a GradScaler's scale, whether every gradient is finite), both 0-d on the parameters' device."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        device = grads[0].device if grads else torch.device("cpu")
-        finite = torch.ones((), dtype=torch.bool, device=device)
+    def _scaler_state(self, parameters: list[nn.Parameter]) -> Gradients:
+        """What a GradScaler did to the gradients, whether every one is finite, and how large."""
+        grads = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+        device = parameters[0].device if parameters else torch.device("cpu")
+        finite, largest = torch.ones((), dtype=torch.bool, device=device), torch.zeros((), device=device)
         if grads:
             wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
-            finite = torch.isfinite(torch.stack(torch._foreach_norm(grads, 2, dtype=wide))).all()
+            norms = torch.stack(torch._foreach_norm(grads, 2, dtype=wide))
             # A sum of squares may overflow where no gradient does; the largest entry is dear on a CPU, which asks first
-            if device.type != "cpu" or not bool(finite):
-                finite |= torch.isfinite(torch.stack(torch._foreach_norm(grads, math.inf, dtype=wide))).all()
+            if device.type != "cpu" or not bool(torch.isfinite(norms).all()):
+                entries = torch.stack(torch._foreach_norm(grads, math.inf, dtype=wide))
+                norms = torch.where(torch.isfinite(norms), norms, entries)
+            finite, largest = torch.isfinite(norms).all(), norms.max()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self._scaled = found_inf is not None
         if found_inf is not None:
@@ -528,7 +541,7 @@ class KFAC(torch.optim.Optimizer):
         unscale = torch.ones((), dtype=torch.float64, device=device)
         if scale is not None:
             unscale = unscale / scale.to(device)
-        return unscale, finite
+        return Gradients(unscale, finite, largest)
 
     @staticmethod
     def _all_zero(parameters: list[nn.Parameter]) -> bool:

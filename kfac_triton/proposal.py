@@ -28,14 +28,16 @@ from kfac_triton.distributed import Ranks
 from kfac_triton.objective import Objective, moved
 from kfac_triton.parts import Parts
 from kfac_triton.quadratic import Direction, FisherProducts, minimise, within
+from kfac_triton.step_plan import Blocks, Fallback, Gradients, Hyper, Plan
 
 log = logging.getLogger("kfac_triton")
 
 # The last step of a few examples is mostly noise, and a longer one along it more so. With batches of 16 and no bound,
 # one of five seeds of a small ResNet and one of a transformer ended above AdamW; with this one none did.
 MAX_MOMENTUM = 1.0
+LEAP = 100.0  # times the last step's promise is the most that one without a loss to go by may promise
 
-Arguments = tuple[update.Plan, update.Hyper, update.Blocks, update.Fallback]
+Arguments = tuple[Plan, Hyper, Blocks, Fallback]
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,12 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Occasion:
-    """One call of step(): parameters with a gradient, the inputs seen, what undoes a GradScaler's scale, whether every
-    gradient is finite, and with a closure the objective."""
+    """One call of step(): parameters with a gradient, the inputs seen, what is known of the gradients, and with a
+    closure the objective."""
 
     parameters: list[nn.Parameter]
     kept: list[Inputs]
-    unscale: Tensor
-    finite: Tensor
+    gradients: Gradients
     objective: Objective | None
 
 
@@ -108,10 +109,10 @@ class Proposer:
         group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
         first = optimizer.param_groups[0]
         longest = max(float(group["lr"]) for group in optimizer.param_groups)
-        gradient, directions = _gradient_and_directions(optimizer, curvature, now, fallback)
-        natural = directions[0]
+        size, gradient, directions = _gradient_and_directions(optimizer, curvature, now, fallback)
+        natural, units = directions[0], self._loss_scale * size
         fixed = [
-            None if first["adaptive_lr"] else longest,
+            None if first["adaptive_lr"] else longest * size,
             None if first["adaptive_momentum"] else float(first["momentum"]),
             1.0,
         ]
@@ -121,19 +122,26 @@ class Proposer:
         if distrust:
             F, reason = torch.full_like(F, math.nan), distrust
         H = F + _gram(directions, strength)
-        b = torch.stack([_inner(gradient, v, F) for v in directions])
+        b = units * torch.stack([_inner(gradient, v, F) for v in directions])
         w = _bounded_minimum(H, b, fixed)
         if first["adaptive_lr"] and longest != 1.0:
             w[0] *= longest
-        if now.objective is not None:
-            height = now.objective.first + float(sum(eta * _dot(p, p) for p, eta in decay.items())) / 2
-            w = within(w, H, b, height) if height > 0 else w
+        height = self._height(now, decay)
+        most = height if height > 0 else LEAP * first["promise"]
+        w = within(w, H, b, most) if most > 0 else w
         predicted = w @ H @ w / 2 + b @ w
         if not bool(torch.isfinite(predicted)):
             self._report(reason)
-            wanted = (longest / self._loss_scale if first["adaptive_lr"] else longest, fixed[1] or 0.0)
-            return _without_model(directions, gradient, wanted, min(DEFAULT_KL_CLIP, first["kl_clip"]), decay)
-        return Proposal(_combined(directions, w), w, predicted, b[0], decay)
+            wanted = (longest * size, fixed[1] or 0.0)
+            return _without_model(directions, gradient, size, wanted, min(DEFAULT_KL_CLIP, first["kl_clip"]), decay)
+        coefficients = torch.stack([w[0] / size, *w[1:]])
+        return Proposal(_combined(directions, w), coefficients, predicted, b[0] * size, decay)
+
+    def _height(self, now: Occasion, decay: dict[nn.Parameter, float]) -> float:
+        """The objective here, weight decay included; 0 without a closure."""
+        if now.objective is None:
+            return 0.0
+        return now.objective.first + float(sum(eta * _dot(p, p) for p, eta in decay.items())) / 2
 
     def _report(self, reason: str) -> None:
         """Warns, once, that steps are taken without the model."""
@@ -155,7 +163,7 @@ class Proposer:
             found = self.products.gram(now.kept, [directions[i] for i in present], seed, step)
         except (RuntimeError, NotImplementedError) as error:
             # other ranks may have found theirs: NaN makes the mean over ranks NaN on all of them
-            shape, device = (len(present), len(present)), now.finite.device
+            shape, device = (len(present), len(present)), now.gradients.finite.device
             found = torch.full(shape, math.nan, dtype=torch.float64, device=device)
             reason = f"cannot be computed ({str(error).split(chr(10), 1)[0]})"
         ranks.average_([found])
@@ -176,11 +184,15 @@ def _bounded_minimum(H: Tensor, b: Tensor, fixed: list[float | None]) -> Tensor:
 def _without_model(
     directions: list[Direction],
     gradient: Direction,
+    size: float,
     wanted: tuple[float, float],
     most: float,
     decay: dict[nn.Parameter, float],
 ) -> Proposal:
-    """The step with the coefficients `wanted`, alpha cut so that alpha^2 <V, grad> / 2 <= most."""
+    """The step with the coefficients `wanted`, alpha cut so that alpha^2 <V, grad> / 2 <= most.
+
+    `size`: as in `_gradient_and_directions`, in whose units gradient, V and alpha are.
+    """
     natural, *others = directions
     products = [torch.dot(gradient[p].double().flatten(), v.double().flatten()) for p, v in natural.items()]
     slope = torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
@@ -190,7 +202,8 @@ def _without_model(
     else:  # V itself has overflowed
         natural, alpha = {}, 0.0
     w = torch.tensor([alpha, mu, 1.0], dtype=torch.float64, device=slope.device)
-    return Proposal(_combined([natural, *others], w), w, torch.full_like(slope, math.nan), slope, decay)
+    told = torch.stack([w[0] / size, *w[1:]])
+    return Proposal(_combined([natural, *others], w), told, torch.full_like(slope, math.nan), slope, decay)
 
 
 def fallback_direction(arguments: Arguments) -> Direction:
@@ -207,8 +220,8 @@ def fallback_direction(arguments: Arguments) -> Direction:
 
 def step_arguments(optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion) -> Arguments:
     """The arguments of `update.precondition` and of AdamW's update."""
-    precision = curvature.settings.precision
-    return assembly.assemble(optimizer, now.parameters, curvature.blocks, now.unscale, now.finite, precision)
+    known = curvature.settings.precision, curvature.settings.loss_scale
+    return assembly.assemble(optimizer, now.parameters, curvature.blocks, now.gradients, *known)
 
 
 def reduction_of(proposal: Proposal, objective: Objective) -> float:
@@ -226,15 +239,18 @@ def decay_change(decay: dict[nn.Parameter, float], delta: Direction) -> float:
 
 def _gradient_and_directions(
     optimizer: torch.optim.Optimizer, curvature: Curvature, now: Occasion, fallback: Direction
-) -> tuple[Direction, list[Direction]]:
-    """The gradient of the objective, and the directions Delta, delta_0 and `fallback`."""
+) -> tuple[float, Direction, list[Direction]]:
+    """(size, the gradient of the objective, the directions Delta, delta_0 and `fallback`).
+
+    The gradient is in units of size times loss_scale, and Delta in units of size, so that neither overflows.
+    """
     plan, hyper, blocks, tensors = step_arguments(optimizer, curvature, now)
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     first = optimizer.param_groups[0]
     longest = max(float(group["lr"]) for group in optimizer.param_groups)
     gradient, natural = _gradient_and_natural(*update.precondition(plan, hyper, blocks), plan, blocks)
     for p, grad in zip(tensors.parameters, tensors.grads, strict=True):
-        gradient[cast(nn.Parameter, p)] = grad * hyper.unscale.to(grad)
+        gradient[cast(nn.Parameter, p)] = grad * (hyper.unscale / (hyper.loss_scale * hyper.size)).to(grad)
     for own, v in natural.items():  # an adaptive alpha would undo a factor that all share
         lr = float(group_of[own]["lr"])
         if lr != longest:
@@ -242,11 +258,11 @@ def _gradient_and_directions(
     last: Direction = {}
     if first["adaptive_momentum"] or first["momentum"] != 0:
         last = {p: optimizer.state[p]["momentum_buffer"] for p in natural}
-    return gradient, [natural, last, fallback]
+    return float(hyper.size), gradient, [natural, last, fallback]
 
 
 def _gradient_and_natural(
-    grads: list[Tensor], V: list[Tensor], plan: update.Plan, blocks: update.Blocks
+    grads: list[Tensor], V: list[Tensor], plan: Plan, blocks: Blocks
 ) -> tuple[Direction, Direction]:
     """grad + weight_decay W, and -V, by parameter."""
     gradient: Direction = {}

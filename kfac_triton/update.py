@@ -4,115 +4,26 @@ Pure functions over lists of tensors, compiled as one graph (`compiled`) or run 
 enters as 0-d tensors, so that a scheduler never recompiles; what decides the graph stands in a `Plan`. Where kernels
 serve (a fused plan) two operators do it: the products with <V, grad> at their end, and the update in one pass.
 
-    V = G_inv (grad_W + weight_decay W) A_inv, or its like in eigenbases
-    nu = min(1, sqrt(2 kl_clip / sum over parameters of lr^2 <V, grad>))         (Wu et al. 2017, section 3)
-        with the largest lr so far in place of lr where kl_annealing is on
-    buf <- momentum buf + nu V,  W <- W - lr buf
+    V = G_inv grad A_inv, or its like in eigenbases,    grad = (grad_W + weight_decay W) / loss_scale
+    buf <- momentum buf + nu V,  W <- W - tau lr buf
+
+with the bounds nu and tau of `trust_region`, in which the largest lr so far stands for lr where kl_annealing is on. The
+gradient of the whole network is divided by its size, a power of two, before the products and the sums, so that nothing
+overflows: 1 but for huge gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_triton import chain, ops, temporal_chain
-from kfac_triton.blocks.layout import BLOCKS, DIAGONAL, Layout
-from kfac_triton.chain import Link
-from kfac_triton.temporal_chain import Transform
-
-ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
-
-Scalar = float | Tensor
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One block: `group` and `bias_group` index the hyper-parameters; the bias may have no gradient. `in_bases`: it has
-    eigenbases in the place of inverses; `in_time`: a transform for a chain of times."""
-
-    layout: Layout
-    group: int
-    bias_group: int
-    bias_has_grad: bool
-    in_bases: bool = False
-    in_time: bool = False
-
-    @property
-    def in_blocks(self) -> bool:
-        """Whether a side has several dense blocks, which no operator multiplies with."""
-        return not self.in_time and BLOCKS in (self.layout.A, self.layout.G)
-
-    @property
-    def factored(self) -> bool:
-        """Whether it is a product with two inverses."""
-        return not (self.in_bases or self.in_time or self.in_blocks)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What decides the graph of a step. `chain`: the layers, in their order, are linked by a tridiagonal inverse;
-    `bf16`: the products with the inverses are of bfloat16 numbers; `fused`: kernels serve, and dense inverses come with
-    the zeros around them."""
-
-    layers: tuple[LayerPlan, ...]
-    fallback_groups: tuple[int, ...]
-    trust_region: bool
-    momentum: bool
-    weight_decay: bool
-    gated: bool
-    chain: bool = False
-    bf16: bool = False
-    fused: bool = False
-
-
-@dataclass(eq=False, repr=False)
-class Hyper:
-    """Hyper-parameters by group. `bounded_lr` is the one whose step kl_clip bounds. `finite` (0-d bool) gates the whole
-    step on the device, `unscale` multiplies the gradients; both count only in a gated plan."""
-
-    lr: list[Scalar]
-    bounded_lr: list[Scalar]
-    momentum: list[Scalar]
-    weight_decay: list[Scalar]
-    kl_clip: list[Scalar]
-    fallback_lr: list[Scalar]
-    finite: Tensor
-    unscale: Tensor
-
-
-@dataclass(eq=False, repr=False)
-class Blocks:
-    """Tensors of the blocks, by layer; an absent bias (or its momentum) is an empty tensor. Of a layer in eigenbases,
-    A_inv and G_inv are Q_A and Q_G; of any other, its spectrum and damping are empty. `transforms`: of the layers in
-    time alone."""
-
-    weights: list[Tensor] = field(default_factory=list)
-    weight_grads: list[Tensor] = field(default_factory=list)
-    weight_buffers: list[Tensor] = field(default_factory=list)
-    biases: list[Tensor] = field(default_factory=list)
-    bias_grads: list[Tensor] = field(default_factory=list)
-    bias_buffers: list[Tensor] = field(default_factory=list)
-    A_inv: list[Tensor] = field(default_factory=list)
-    G_inv: list[Tensor] = field(default_factory=list)
-    spectra: list[Tensor] = field(default_factory=list)
-    dampings: list[Tensor] = field(default_factory=list)
-    transforms: list[Transform] = field(default_factory=list)
-    links: list[Link] = field(default_factory=list)
-
-
-@dataclass(eq=False, repr=False)
-class Fallback:
-    """Tensors of the AdamW update, by parameter; `steps` are 0-d counters on the parameters' device."""
-
-    parameters: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
+from kfac_triton import adamw, chain, ops, temporal_chain, trust_region
+from kfac_triton.blocks.layout import BLOCKS, DIAGONAL
+from kfac_triton.step_plan import Blocks, Fallback, Hyper, Plan, Scalar
+from kfac_triton.trust_region import Share
 
 
 def step_(plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
@@ -127,7 +38,7 @@ def step_(plan: Plan, hyper: Hyper, blocks: Blocks, fallback: Fallback) -> None:
 
 def _plain_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
     grads, V = precondition(plan, hyper, blocks)
-    nu = _trust_region(plan, hyper, _dots(plan, V, grads, blocks.weights)) if plan.trust_region else None
+    nu, tau = _bounds_(plan, hyper, blocks, grads, _dots(plan, V, grads, blocks.weights) if plan.trust_region else [])
     moves: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for i, layer in enumerate(plan.layers):
         V_weight, V_bias = layer.layout.split(V[i], blocks.weights[i].shape)
@@ -138,7 +49,7 @@ def _plain_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
             own.append((blocks.biases[i], blocks.bias_buffers[i], V_bias))
     for (group, region), tensors in moves.items():
         W, buffers, directions = (list(ts) for ts in zip(*tensors, strict=True))
-        _move_(plan, hyper, group, W, buffers, directions, None if nu is None else nu[region])
+        _move_(plan, hyper, group, W, buffers, directions, nu[region], tau[region])
 
 
 def _fused_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
@@ -149,14 +60,14 @@ def _fused_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
     )  # what kron_matmul_ does not end in <V, grad>
     dots = blocks.A_inv[0].new_empty(len(plan.layers), 2) if plan.trust_region and not apart else None
     grads, V = precondition(plan, hyper, blocks, dots)
-    one = torch.ones_like(hyper.unscale, dtype=torch.float32)
-    nu = [one] * len(hyper.lr)
-    if plan.trust_region:
-        pairs = (
-            _dots(plan, V, grads, blocks.weights) if dots is None else [tuple(pair.unbind()) for pair in dots.unbind()]
-        )
-        nu = _trust_region(plan, hyper, pairs)
-    W, buffers, moves, groups, scales = [], [], [], [], []
+    pairs: list[tuple[Tensor, ...]] = []
+    if dots is not None:
+        sums = dots.sum(dim=1)
+        pairs = [tuple(dots[i]) if layer.split else (sums[i],) for i, layer in enumerate(plan.layers)]
+    elif plan.trust_region:
+        pairs = _dots(plan, V, grads, blocks.weights)
+    nu, tau = _bounds_(plan, hyper, blocks, grads, pairs)
+    W, buffers, moves, groups, regions = [], [], [], [], []
     for i, layer in enumerate(plan.layers):
         own = [(blocks.weights[i], blocks.weight_buffers[i], layer.group)]
         if layer.bias_has_grad:
@@ -166,24 +77,27 @@ def _fused_step_(plan: Plan, hyper: Hyper, blocks: Blocks) -> None:
             buffers.append(layer.layout.by_taps(buffer) if plan.momentum else buffer)
             moves.append(v)
             groups.append(group)
-            scales.append(nu[layer.group])
+            regions.append(layer.group)
     gated = [_gated(plan, hyper, group) for group in groups]
+    zero = torch.zeros_like(hyper.unscale, dtype=torch.float32)
     ops.fused_update_(
         W,
         buffers if plan.momentum else [],
         moves,
-        scales,
-        [torch.as_tensor(lr) for lr, _ in gated],
+        [nu[region] for region in regions],
+        [tau[region] * lr for region, (lr, _) in zip(regions, gated, strict=True)],
         [torch.as_tensor(momentum) for _, momentum in gated],
-        [torch.zeros_like(one)] * len(W),  # weight decay is l2: it is in the gradient
+        [zero] * len(W),  # weight decay is l2: it is in the gradient
     )
 
 
 def precondition(
     plan: Plan, hyper: Hyper, blocks: Blocks, dots: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(grad + weight_decay W, V) of every layer as joint matrices; `dots` (layers, 2) gets <V, grad>, a bias apart."""
-    grads = [_joint_gradient(plan, hyper, blocks, i) for i in range(len(plan.layers))]
+    """(grad, V) of every layer as joint matrices, for the gradient divided by loss_scale and its size; `dots`
+    (layers, 2) gets <V, grad>, a bias apart."""
+    share = 1 / (hyper.loss_scale * hyper.size)
+    grads = [_joint_gradient(plan, hyper, blocks, i, share) for i in range(len(plan.layers))]
     if plan.chain:
         return grads, chain.product(grads, blocks.links, blocks.A_inv[-1], blocks.G_inv[-1])
     shapes = [grad.shape for grad in grads]
@@ -230,27 +144,21 @@ def _widened(grad: Tensor, G_inv: Tensor, A_inv: Tensor) -> Tensor:
     return F.pad(grad, (0, A_inv.shape[-1] - grad.shape[-1], 0, G_inv.shape[-1] - grad.shape[-2]))
 
 
-def _gradient(plan: Plan, hyper: Hyper, grad: Tensor, decay: Tensor | None = None) -> Tensor:
-    """The gradient, without a GradScaler's scale, plus `decay`; zero in a step that is skipped."""
-    if plan.gated:
-        grad = grad * hyper.unscale.to(grad.dtype)
-    if decay is not None:
-        grad = grad + decay
-    return torch.where(hyper.finite, grad, torch.zeros_like(grad)) if plan.gated else grad
+def _joint_gradient(plan: Plan, hyper: Hyper, blocks: Blocks, i: int, share: Tensor) -> Tensor:
+    """share (grad + weight_decay * parameter) of weight and bias, as one matrix in the inverses' dtype; zero in a step
+    that is skipped."""
+    layer, dtype = plan.layers[i], blocks.A_inv[i].dtype
 
+    def own(grad: Tensor, parameter: Tensor, group: int) -> Tensor:
+        scaled = grad.to(dtype) * ((share * hyper.unscale) if plan.gated else share)
+        if plan.weight_decay:
+            scaled = scaled + parameter.to(dtype) * (share * hyper.weight_decay[group])
+        return torch.where(hyper.finite, scaled, torch.zeros_like(scaled)) if plan.gated else scaled
 
-def _decay(plan: Plan, hyper: Hyper, parameter: Tensor, group: int) -> Tensor | None:
-    return parameter * hyper.weight_decay[group] if plan.weight_decay else None
-
-
-def _joint_gradient(plan: Plan, hyper: Hyper, blocks: Blocks, i: int) -> Tensor:
-    """grad + weight_decay * parameter of weight and bias, as one matrix in the inverses' dtype."""
-    layer = plan.layers[i]
-    weight = _gradient(plan, hyper, blocks.weight_grads[i], _decay(plan, hyper, blocks.weights[i], layer.group))
     bias = None
     if layer.bias_has_grad:
-        bias = _gradient(plan, hyper, blocks.bias_grads[i], _decay(plan, hyper, blocks.biases[i], layer.bias_group))
-    return layer.layout.join(weight, bias).to(blocks.A_inv[i].dtype)
+        bias = own(blocks.bias_grads[i], blocks.biases[i], layer.bias_group)
+    return layer.layout.join(own(blocks.weight_grads[i], blocks.weights[i], layer.group), bias)
 
 
 def _aligned_like(grad: Tensor) -> Tensor:
@@ -261,11 +169,11 @@ def _aligned_like(grad: Tensor) -> Tensor:
 
 
 def _dots(plan: Plan, V: list[Tensor], grads: list[Tensor], weights: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    """<V, grad> of every layer: one number, or two where the bias has a learning rate of its own, its last."""
+    """<V, grad> of every layer: one number, or two where the bias counts apart, its last."""
     found: list[tuple[Tensor, ...]] = []
     for layer, v, grad, W in zip(plan.layers, V, grads, weights, strict=True):
         product = v * grad
-        if layer.layout.bias and layer.bias_group != layer.group:
+        if layer.split:
             at = product.shape[-1] - layer.layout.bias_columns(W.shape)
             found.append((product[..., :at].sum(), product[..., at:].sum()))
         else:
@@ -273,17 +181,61 @@ def _dots(plan: Plan, V: list[Tensor], grads: list[Tensor], weights: list[Tensor
     return found
 
 
-def _trust_region(plan: Plan, hyper: Hyper, dots: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    """nu by group: one bound on the whole model's step, which each group's kl_clip may set its own way."""
-    total = dots[0][0].new_zeros(()) if dots else hyper.finite.new_zeros((), dtype=torch.float32)
-    by_group: dict[int, list[Tensor]] = {}
-    for layer, pair in zip(plan.layers, dots, strict=True):
-        for dot, group in zip(pair, (layer.group, layer.bias_group), strict=False):
-            by_group.setdefault(group, []).append(dot)
-    for group, own in by_group.items():
-        total = total + torch.stack(own).sum() * hyper.bounded_lr[group] ** 2
-    total = total.clamp(min=torch.finfo(total.dtype).tiny)
-    return [torch.sqrt(2 * kl_clip / total).clamp(max=1.0) for kl_clip in hyper.kl_clip]
+def _overlaps(plan: Plan, blocks: Blocks, grads: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """<buf, grad> of every layer, as `_dots`."""
+    found: list[tuple[Tensor, ...]] = []
+    for i, (layer, grad) in enumerate(zip(plan.layers, grads, strict=True)):
+        buffers = [blocks.weight_buffers[i], *([blocks.bias_buffers[i]] if layer.bias_has_grad else [])]
+        parts = layer.layout.parts(grad, blocks.weights[i].shape)
+        own = [(layer.layout.by_taps(buf) * part).sum() for buf, part in zip(buffers, parts, strict=False)]
+        found.append(tuple(own) if layer.split else (torch.stack(own).sum(),))
+    return found
+
+
+def _bounds_(
+    plan: Plan, hyper: Hyper, blocks: Blocks, grads: list[Tensor], dots: Sequence[tuple[Tensor, ...]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(nu times the gradient's size, tau) by group: one bound on the whole model's step, which each group's kl_clip may
+    set its own way. Writes the quadratics."""
+    size = hyper.size.double()
+    one = torch.ones_like(size)
+    kl_clip = [torch.as_tensor(clip).double() for clip in hyper.kl_clip]
+    if not plan.trust_region:
+        return [size.clamp(max=trust_region.MOST)] * len(kl_clip), [one] * len(kl_clip)
+    owners = [
+        (group, layer.group)
+        for layer, own in zip(plan.layers, dots, strict=True)
+        for group, _ in zip((layer.group, layer.bias_group), own, strict=False)
+    ]
+    overlaps = _overlaps(plan, blocks, grads) if plan.momentum else []
+    numbers: dict[tuple[int, int], list[int]] = {}
+    for number, owner in enumerate(owners):
+        numbers.setdefault(owner, []).append(number)
+    shares = [
+        Share(
+            torch.as_tensor(hyper.bounded_lr[group]).double().clamp(min=trust_region.LEAST_LR),
+            torch.as_tensor(_gated(plan, hyper, group)[1]).double(),
+            region,
+            *(_taken(values, own) for values in (_flat(dots), _flat(overlaps), blocks.quadratics)),
+        )
+        for (group, region), own in numbers.items()
+    ]
+    nu = trust_region.bounds_of_gradient(shares, kl_clip, size)
+    if not plan.momentum or not shares:
+        return nu, [one] * len(kl_clip)
+    tau, quadratics = trust_region.bounds_of_step(shares, nu, kl_clip)
+    written = [blocks.quadratics[number] for own in numbers.values() for number in own]
+    torch._foreach_copy_(written, [q for share in quadratics for q in share.unbind()])
+    return nu, tau
+
+
+def _flat(pairs: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [number for pair in pairs for number in pair]
+
+
+def _taken(values: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+    """Those of the values, (n,) float64; none where there are none."""
+    return torch.stack([values[i] for i in numbers]).double() if values else torch.empty(0)
 
 
 def _move_(
@@ -293,15 +245,16 @@ def _move_(
     parameters: list[Tensor],
     buffers: list[Tensor],
     V: list[Tensor],
-    nu: Tensor | None,
+    nu: Tensor,
+    tau: Tensor,
 ) -> None:
-    directions = V if nu is None else list(torch._foreach_mul(V, nu))
+    directions = list(torch._foreach_mul(V, nu))
     lr, momentum = _gated(plan, hyper, group)
     if plan.momentum:
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, directions)
         directions = buffers
-    torch._foreach_sub_(parameters, torch._foreach_mul(directions, lr))
+    torch._foreach_sub_(parameters, torch._foreach_mul(directions, lr * tau))
 
 
 def _gated(plan: Plan, hyper: Hyper, group: int) -> tuple[Scalar, Scalar]:
@@ -313,22 +266,13 @@ def _gated(plan: Plan, hyper: Hyper, group: int) -> tuple[Scalar, Scalar]:
 
 
 def adamw_(plan: Plan, hyper: Hyper, group: int, fallback: Fallback, i: int) -> None:
-    """Loshchilov & Hutter (2019), algorithm 2, with the usual constants."""
-    parameter, step = fallback.parameters[i], fallback.steps[i]
-    grad = _gradient(plan, hyper, fallback.grads[i])
-    lr, weight_decay = hyper.fallback_lr[group], hyper.weight_decay[group]
+    """The AdamW update of one parameter."""
+    grad, step = fallback.grads[i], fallback.steps[i]
+    passed = torch.ones_like(step, dtype=torch.float64)
     if plan.gated:
+        grad = grad * hyper.unscale.to(grad.dtype)
+        grad = torch.where(hyper.finite, grad, torch.zeros_like(grad))
         passed = hyper.finite.double()
-        lr = torch.where(hyper.finite, lr, 0.0)
-    else:
-        passed = torch.ones_like(step, dtype=torch.float64)
-    step.add_(passed)
-    exp_avg, exp_avg_sq = fallback.exp_avgs[i], fallback.exp_avg_sqs[i]
-    exp_avg.add_((grad - exp_avg) * ((1 - ADAM_BETA1) * passed))
-    exp_avg_sq.add_((grad * grad - exp_avg_sq) * ((1 - ADAM_BETA2) * passed))
-    count = step.double().clamp(min=1)
-    corrected = exp_avg / (1 - ADAM_BETA1**count)
-    root = (exp_avg_sq / (1 - ADAM_BETA2**count)).sqrt() + ADAM_EPS
-    if plan.weight_decay:
-        parameter.sub_(parameter * (lr * weight_decay))
-    parameter.sub_(corrected / root * lr)
+    decay = hyper.weight_decay[group] if plan.weight_decay else None
+    averages = fallback.exp_avgs[i], fallback.exp_avg_sqs[i]
+    adamw.adamw_(fallback.parameters[i], grad, *averages, step, hyper.fallback_lr[group], decay, passed)

@@ -205,14 +205,15 @@ def test_a_step_is_the_dense_minimum_of_the_model(name, likelihood, free, most, 
         slope = torch.stack(
             [sum((decayed[p] * v[p]).sum() for p in v) + torch.zeros((), dtype=F64) for v in directions]
         )
-        w = torch.tensor([options["lr"] if free == "momentum" else 0.0, 0.5 if free == "lr" else 0.0, 1.0], dtype=F64)
+        fixed_lr = 0.2 / scale  # of a gradient that was not divided by loss_scale
+        w = torch.tensor([fixed_lr if free == "momentum" else 0.0, 0.5 if free == "lr" else 0.0, 1.0], dtype=F64)
         unknown = {"both": [0, 1], "lr": [0], "momentum": [1]}[free]
         unknown = [i for i in unknown if H[i, i] > 0]
         if unknown:
             w[unknown] = torch.linalg.solve(H[unknown][:, unknown], -(slope + H @ w)[unknown])
         if 1 in unknown and w[1].abs() > most:  # then the minimum within the bound lies on it
             w[1] = w[1].sign() * most
-            w[0] = -(slope[0] + H[0, 1] * w[1] + H[0, 2]) / H[0, 0] if free == "both" else options["lr"]
+            w[0] = -(slope[0] + H[0, 1] * w[1] + H[0, 2]) / H[0, 0] if free == "both" else fixed_lr
         expected = {p: sum(c * d[p] for c, d in zip(w, directions, strict=True) if p in d) for p in moved}
         dense.assert_exact(flat(moved.values()), flat(expected.values()), 1e-8)
         told = optimizer.diagnostics()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dense
 import pytest
 import torch
+from small import data, mlp, train_step
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
-from kfac_triton.approximations import eigen, kronecker
+from kfac_triton.approximations import average, eigen, kronecker
 from kfac_triton.blocks.layout import Layout
 
 F64 = torch.float64
@@ -144,10 +145,15 @@ def test_a_step_is_the_dense_solve():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(model, optimizer, range(2, 3))
 
-    def solved(Q_A: Tensor, Q_G: Tensor, S: Tensor, grad: Tensor) -> Tensor:
+    def solved(Q_A: Tensor, Q_G: Tensor, S: Tensor, A: Tensor, G: Tensor, grad: Tensor) -> Tensor:
+        """F is damped by what factored damping adds to G (x) A: gamma / pi I (x) A + pi gamma G (x) I + gamma^2 I."""
         Q = torch.kron(Q_G, Q_A)
-        F = Q * S.flatten() @ Q.T + 0.02 * torch.eye(S.numel(), dtype=F64)
+        gamma, pi = 0.02**0.5, (A.diagonal().mean() / G.diagonal().mean()).sqrt()
+        damped = [M + d * torch.eye(len(M), dtype=F64) for M, d in ((G, gamma / pi), (A, pi * gamma))]
+        F = Q * S.flatten() @ Q.T + torch.kron(*damped) - torch.kron(G, A)
         return torch.linalg.solve(F, grad.flatten()).view(grad.shape)
+
+    names = ("Q_A", "Q_G", "spectrum")
 
     for layer in ("3", "5"):
         weight = model.get_parameter(f"{layer}.weight")
@@ -156,8 +162,9 @@ def test_a_step_is_the_dense_solve():
             bias = model.get_parameter("5.bias")
             grad = torch.cat([grad, bias.grad[:, None]], 1)
             moved = torch.cat([moved, (before["5.bias"] - bias.detach())[:, None]], 1)
-        state = optimizer.state[weight]
-        dense.assert_exact(moved, 0.1 * solved(state["Q_A"], state["Q_G"], state["spectrum"], grad))
+        state, factors = optimizer.state[weight], optimizer.factors()[layer]
+        V = solved(*(state[name] for name in names), factors["A"], factors["G"], grad)
+        dense.assert_exact(moved, 0.1 * V)
     conv, state = model[0], optimizer.state[model[0].weight]
 
     def by_tap(weight: Tensor, bias: Tensor) -> list[Tensor]:  # channels innermost, as in the state
@@ -166,7 +173,8 @@ def test_a_step_is_the_dense_solve():
     grad = by_tap(conv.weight.grad, conv.bias.grad)
     moved = by_tap(before["0.weight"] - conv.weight.detach(), before["0.bias"] - conv.bias.detach())
     for group in range(2):
-        V = solved(*(state[name][group] for name in ("Q_A", "Q_G", "spectrum")), grad[group])
+        A, G = (average.settled(state, name)[group] for name in "AG")  # in the order of the joint matrix
+        V = solved(*(state[name][group] for name in names), A, G, grad[group])
         dense.assert_exact(moved[group], 0.1 * V)
 
 
@@ -231,9 +239,23 @@ def test_the_estimate_of_memory_is_what_is_held():
     estimate = optimizer.memory_usage()
     train(model, optimizer, range(1))
     held = sum(
-        optimizer.state[m.weight][name].nbytes for m in (model[0], model[3], model[5]) for name in eigen.NAMES[:3]
+        optimizer.state[m.weight][name].nbytes for m in (model[0], model[3], model[5]) for name in eigen.NAMES[:5]
     )
     assert estimate["inverses"] == held == optimizer.memory_usage()["inverses"]
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e-3])
+def test_inputs_that_vanish_do_not_raise_the_loss(size, fisher):
+    """Only the biases of the first layer matter then: most eigenvalues are zero, and the loss has a minimum near 1.085,
+    which training comes to and stays at."""
+    x, y = data(256)
+    model = mlp()
+    optimizer = KFAC(model, likelihood="categorical", fisher=fisher, approximation="eigen", lr=0.01, compile=False)
+    losses = [train_step(optimizer, model, size * x, y) for _ in range(60)]
+    least = float(torch.distributions.Categorical(torch.bincount(y).float()).entropy())
+    assert max(losses[10:]) < losses[0]
+    assert max(losses[-5:]) < 1.01 * least
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

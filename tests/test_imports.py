@@ -20,10 +20,11 @@ ROOT = Path(kfac_triton.__file__).parent
 # then of the optimizer, then of the tools around it.
 LEVELS = [
     {"kernels", "version", "likelihoods", "distributed", "schedules", "averaging", "batching", "initialisation"}
-    | {"arguments", "uncorrelated", "membership"},
+    | {"arguments", "uncorrelated", "membership", "adamw", "trust_region"},
     {"ops", "damping", "tuned", "groups"},
     {"blocks", "factors", "chain"},
     {"temporal_chain"},
+    {"step_plan"},
     {"update", "capture"},
     {"approximations", "parts", "fisher", "piggyback", "compiled"},
     {"statistics", "expected", "quadratic", "objective", "loss_scale"},

@@ -80,6 +80,20 @@ def test_the_roots_come_to_rest_at_the_damped_inverse():
         dense.assert_exact(free.factors()["0"][side], factors[side], 1e-5)
 
 
+def test_the_first_data_put_the_roots_in_their_place_at_once():
+    """From the root of a scaled identity to the damped inverse within the first update, to the last digits."""
+    model = dense.random_model(nn.Linear(5, 4))
+    x = dense.randn(30, 5) * torch.tensor([3.0, 1.0, 1.0, 0.5, 0.3], dtype=F64)
+    options = {"likelihood": "gaussian", "fisher": "exact", "factor_fraction": 1.0, "compile": False, "lr": 0.0}
+    optimizer = KFAC(model, approximation="inverse_free", damping=0.05, **options)
+    model(x).sum().backward()
+    optimizer.step()
+    factors = dense.kfac_factors(model, x)["0"]
+    state = optimizer.state[model[0].weight]
+    for side, wanted in zip("AG", dense.damped_inverses(factors["A"], factors["G"], 0.05), strict=True):
+        dense.assert_exact(state[f"{side}_inv"], wanted)
+
+
 def classifier(dtype=torch.float32) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(

@@ -37,7 +37,7 @@ class Run:
         self.optimizer = KFAC(self.model, **options)
         self.generator = torch.Generator().manual_seed(1)
 
-    def steps(self, count: int, spoil: int = -1) -> None:
+    def steps(self, count: int, spoil: int = -1, huge: int = -1) -> None:
         for step in range(count):
             x = torch.randn(self.batch, 16, 5, 5, generator=self.generator)
             y = torch.randint(0, 5, (self.batch,), generator=self.generator)
@@ -45,6 +45,8 @@ class Run:
             nn.functional.cross_entropy(self.model(x), y).backward()
             if step == spoil:
                 next(self.model.parameters()).grad[0] = torch.nan
+            if step == huge:
+                torch._foreach_mul_([p.grad for p in self.model.parameters()], 1e36)
             self.optimizer.step()
 
 
@@ -132,6 +134,15 @@ def test_a_spoiled_gradient_skips_the_step(launches, monkeypatch):
     for backend in ("torch", "triton"):
         runs.append(Run(linear, backend, monkeypatch))
         runs[-1].steps(4, spoil=2)
+    check(*runs)
+
+
+def test_a_huge_gradient_takes_a_bounded_step(launches, monkeypatch):
+    runs = []
+    for backend in ("torch", "triton"):
+        runs.append(Run(linear, backend, monkeypatch))
+        runs[-1].steps(4, huge=2)
+        assert all(p.abs().max() < 10 for p in runs[-1].model.parameters())
     check(*runs)
 
 

@@ -57,12 +57,14 @@ class ByHand:
     """The equations of the contract over the optimizer's own factors, in float64.
 
     V = G_inv (grad + weight_decay W) A_inv, nu = min(1, sqrt(2 kl_clip / (lr^2 sum <V, grad>))),
-    buf <- momentum buf + nu V, W <- W - lr buf.
+    q = momentum^2 q + 2 momentum nu <buf, grad> + nu^2 <V, grad>, tau = min(1, sqrt(2 kl_clip / (lr^2 sum q))),
+    buf <- momentum buf + nu V, W <- W - tau lr buf.
     """
 
     def __init__(self, model: nn.Sequential) -> None:
         self.W = {name: self.joint(model[int(name)], grad=False) for name in "02"}
         self.buf = {name: torch.zeros_like(W) for name, W in self.W.items()}
+        self.q = 0.0
 
     @staticmethod
     def joint(layer: nn.Linear, grad: bool) -> Tensor:
@@ -82,9 +84,15 @@ class ByHand:
         lr = float(group["lr"])
         squared = lr**2 * sum(float((V[name] * grads[name]).sum()) for name in V)
         nu = min(1.0, math.sqrt(2 * group["kl_clip"] / squared)) if lr > 0 else 1.0
+        momentum, tau = group["momentum"], 1.0
+        if group["kl_clip"] < math.inf and momentum > 0 and lr > 0:
+            cross = sum(float((self.buf[name] * grads[name]).sum()) for name in V)
+            least = cross**2 / (squared / lr**2)  # Cauchy-Schwarz: F may have changed since q was computed
+            self.q = momentum**2 * max(self.q, least) + 2 * momentum * nu * cross + nu**2 * squared / lr**2
+            tau = min(1.0, math.sqrt(2 * group["kl_clip"] / (lr**2 * self.q)))
         for name, v in V.items():
-            self.buf[name] = group["momentum"] * self.buf[name] + nu * v
-            self.W[name] = self.W[name] - lr * self.buf[name]
+            self.buf[name] = momentum * self.buf[name] + nu * v
+            self.W[name] = self.W[name] - tau * lr * self.buf[name]
 
     def check(self, model: nn.Sequential) -> None:
         for name, W in self.W.items():

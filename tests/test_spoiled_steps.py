@@ -105,7 +105,7 @@ def test_a_step_without_the_model_is_as_long_as_the_trust_region_allows(mode, sc
 
 
 def test_a_step_without_the_model_is_no_longer_than_newtons(monkeypatch):
-    """Where the whole step V / loss_scale is within the trust region, it is that: the minimum of a quadratic loss."""
+    """Where the whole step V is within the trust region, it is that: the minimum of a quadratic loss."""
     monkeypatch.setattr(quadratic.FisherProducts, "gram", lambda *args, **more: torch.full((2, 2), math.nan).double())
     torch.manual_seed(0)
     model, x = nn.Linear(6, 3).double(), X.double()
@@ -115,7 +115,7 @@ def test_a_step_without_the_model_is_no_longer_than_newtons(monkeypatch):
     closure_step(optimizer, model, x, target, F.mse_loss)
     gradients = torch.autograd.grad(F.mse_loss(model(x), target), list(model.parameters()))
     assert max(float(g.abs().max()) for g in gradients) < 1e-12
-    assert optimizer.diagnostics()["lr"] == pytest.approx(1.5)
+    assert optimizer.diagnostics()["lr"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("scale", [1e20, 1e25, 1e30])
@@ -167,7 +167,7 @@ def test_a_spoiled_first_step_does_not_decide_the_run(name, steps):
     losses = [closure_step(optimizer, model, X, Y) for _ in range(41)]
     usual, reached = undisturbed()
     assert usual / 16 < damping(optimizer) < usual * 16
-    assert losses[-1] < max(10 * reached, 0.03) < losses[0] / 20
+    assert losses[-1] < max(10 * reached, 0.03) and losses[-1] < losses[0] / 20
 
 
 def test_weights_that_are_frozen_at_first_do_not_decide_the_run():
@@ -336,7 +336,7 @@ def test_a_fixed_run_counts_its_skipped_steps(caplog):
 
 def test_steps_that_a_scaler_skips_are_no_news(caplog):
     """A GradScaler finds its scale by overflowing."""
-    optimizer = KFAC(model := mlp(), likelihood="categorical", compile=False, lr="adaptive")
+    optimizer = KFAC(model := mlp(), likelihood="categorical", loss_scale=64.0, compile=False, lr="adaptive")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     skipped = 0
     for _ in range(12):

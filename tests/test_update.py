@@ -18,6 +18,7 @@ from torch import nn
 from kfac_triton import KFAC, assembly
 from kfac_triton.blocks import layout
 from kfac_triton.schedules import Cosine, Exponential, Schedule, WarmUp
+from kfac_triton.step_plan import Gradients
 from kfac_triton.update import step_
 
 # Layers of the model below, by the names of their parameters; widths all differ.
@@ -30,27 +31,48 @@ def model_and_batches():
     return model, [(dense.randn(12, 5, seed=s), torch.arange(12) % 3) for s in range(5)]
 
 
-def plain_step(p, grad, buf, factors, h):
-    """nu = min(1, sqrt(2 kl_clip / sum lr^2 <V, grad>)); buf <- momentum buf + nu V; W <- W - lr buf.
+def plain_step(p, grad, buf, quadratic, factors, h):
+    """nu = min(1, sqrt(2 kl_clip / sum lr^2 <V, grad>)); buf <- momentum buf + nu V; W <- W - tau lr buf.
 
-    `p`, `grad`, `buf`: tensors by parameter name; `h(name)`: its hyper-parameters; "bounded_lr" is the lr in nu. Writes
-    p and buf.
+    `p`, `grad`, `buf`, `quadratic`: numbers by parameter name; `h(name)`: its hyper-parameters; "bounded_lr" is the lr
+    in nu and tau. Writes p, buf and quadratic.
     """
-    V, size = {}, 0.0
+    V, l2 = {}, {}
     for layer, (weight, bias) in LAYERS.items():
         names = [n for n in (weight, bias) if n is not None]
-        l2 = {n: grad[n] + h(n)["weight_decay"] * p[n] for n in names}
+        l2 |= {n: grad[n] + h(n)["weight_decay"] * p[n] for n in names}
         joint = l2[weight] if bias is None else torch.cat([l2[weight], l2[bias][:, None]], 1)
         A_inv, G_inv = dense.damped_inverses(factors[layer]["A"], factors[layer]["G"], h(weight)["damping"])
         joint = G_inv @ joint @ A_inv
         V[weight] = joint if bias is None else joint[:, :-1]
         V |= {} if bias is None else {bias: joint[:, -1]}
-        size += sum(float(h(n)["bounded_lr"]) ** 2 * float((V[n] * l2[n]).sum()) for n in names)
-    for layer, n in [(layer, n) for layer, names in LAYERS.items() for n in names if n is not None]:
-        kl_clip = h(LAYERS[layer][0])["kl_clip"]
-        nu = 1.0 if kl_clip is None else min(1.0, math.sqrt(2 * kl_clip / size))
-        buf[n] = h(n)["momentum"] * buf[n] + nu * V[n]
-        p[n] = p[n] - float(h(n)["lr"]) * buf[n]
+    owner = {n: names[0] for names in LAYERS.values() for n in names if n is not None}
+    size = sum(float(h(n)["bounded_lr"]) ** 2 * float((v * l2[n]).sum()) for n, v in V.items())
+    clip = {n: math.inf if h(owner[n])["kl_clip"] is None else h(owner[n])["kl_clip"] for n in V}
+    nu = {n: min(1.0, math.sqrt(2 * clip[n] / size)) for n in V}
+    tau = dict.fromkeys(V, 1.0)
+    if min(clip.values()) < math.inf and any(h(n)["momentum"] for n in V):
+        length = quadratic_of_buffers(V, l2, buf, quadratic, nu, h)
+        tau = {n: min(1.0, math.sqrt(2 * clip[n] / length)) for n in V}
+    for n, v in V.items():
+        buf[n] = h(n)["momentum"] * buf[n] + nu[n] * v
+        p[n] = p[n] - tau[n] * float(h(n)["lr"]) * buf[n]
+
+
+def quadratic_of_buffers(V, l2, buf, quadratic, nu, h):
+    """sum lr^2 buf^T F buf of the buffers to come; moves `quadratic`, the buf^T F buf of every parameter."""
+    products = {n: (float((v * l2[n]).sum()), float((buf[n] * l2[n]).sum())) for n, v in V.items()}
+    old, cross, new, old_t = (0.0,) * 4
+    for n, (t, c) in products.items():
+        lr, mu = float(h(n)["bounded_lr"]), h(n)["momentum"]
+        old, old_t = old + (lr * mu) ** 2 * quadratic[n], old_t + (lr * mu) ** 2 * t
+        cross, new = cross + lr**2 * mu * nu[n] * c, new + (lr * nu[n]) ** 2 * t
+    least = cross**2 / new
+    for n, (t, c) in products.items():
+        mu = h(n)["momentum"]
+        before = quadratic[n] + (max(0.0, least - old) / old_t * t if old_t else 0.0)
+        quadratic[n] = mu**2 * before + 2 * mu * nu[n] * c + nu[n] ** 2 * t
+    return max(old, least) + 2 * cross + new
 
 
 def run(params=None, steps=5, change=None, loss_scale=1.0, **options):
@@ -70,6 +92,7 @@ def run(params=None, steps=5, change=None, loss_scale=1.0, **options):
         return {**group, "kl_clip": clip, "bounded_lr": bounded}
 
     buf = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    quadratic = dict.fromkeys(parameters, 0.0)
     moved = 0.0
     for step, (x, y) in enumerate(itertools.islice(itertools.cycle(batches), steps)):
         if change is not None:
@@ -82,7 +105,7 @@ def run(params=None, steps=5, change=None, loss_scale=1.0, **options):
         for name, q in parameters.items():
             largest[name] = max(largest.get(name, 0.0), float(group_of[id(q)]["lr"]))
         before = {name: q.clone() for name, q in p.items()}
-        plain_step(p, grad, buf, optimizer.factors(), hyper)
+        plain_step(p, grad, buf, quadratic, optimizer.factors(), hyper)
         for name, q in parameters.items():
             dense.assert_exact(q.detach(), p[name])
             moved = max(moved, float((p[name] - before[name]).abs().max()))
@@ -436,7 +459,8 @@ def test_a_skipped_step_on_the_device_changes_nothing():
         p.grad.fill_(math.inf)
     before = deepcopy((model.state_dict(), dict(optimizer.state)))
     finite, one = torch.tensor(False), torch.ones((), dtype=torch.float64)
-    plan, *tensors = assembly.assemble(optimizer, parameters, optimizer._curvature.blocks, one, finite)
+    gradients = Gradients(one, finite, torch.tensor(math.inf))
+    plan, *tensors = assembly.assemble(optimizer, parameters, optimizer._curvature.blocks, gradients)
     with torch.no_grad():
         step_(replace(plan, gated=True), *tensors)
     after = (model.state_dict(), dict(optimizer.state))

@@ -1,17 +1,22 @@
-"""Eigenvalue-corrected Kronecker factors, EKFAC (George et al. 2018), damped as a whole.
+"""Eigenvalue-corrected Kronecker factors, EKFAC (George et al. 2018), damped as the factors are.
 
 The factors give the eigenbases, A = Q_A diag(.) Q_A^T and G = Q_G diag(.) Q_G^T; the eigenvalues in that basis are
 measured, as the second moments of the examples' gradients there, which no other diagonal brings nearer to the Fisher:
 
     F ~ (Q_G (x) Q_A) diag(S) (Q_G (x) Q_A)^T,    S_ij = sum over examples n of (Q_G^T grad_n Q_A)_ij^2 / L
-    V = Q_G [(Q_G^T grad Q_A) / (S + damping)] Q_A^T
+    V = Q_G [(Q_G^T grad Q_A) / (S + D)] Q_A^T,    D_ij = damping + sqrt(damping) (pi g_i + a_j / pi)
 
-with grad_n the sum of g a^T over the positions of one example. S is a running average by the rule of the factors,
-refreshed with every factor update, the bases when inverses are; new bases take S along, as the diagonal that the last
-form of F has in them, (R_G o R_G) S (R_A o R_A)^T with R = Q_new^T Q_old. Until there are examples to measure with (an
-empirical Fisher's sums have none), S is the product of the factors' eigenvalues.
+grad_n is the sum of g a^T over the positions of one example. a_j and g_i are the factors' eigenvalues, so that D is
+what factored damping adds to their products. The damping alone would leave a direction that only one factor knows
+nearly undamped; where inputs are zero or nearly so, most directions are such, and steps along them raise the loss.
 
-In the state of a weight: `Q_A`, `Q_G`, `spectrum` S (d_out, d_in), `spectrum_updates` (0-d) and `eigen_damping` (0-d).
+S is a running average by the rule of the factors, refreshed with every factor update, the bases when inverses are; new
+bases take S along, as the diagonal that the last form of F has in them, (R_G o R_G) S (R_A o R_A)^T with R = Q_new^T
+Q_old. Until there are examples to measure with (an empirical Fisher's sums have none), S is the product of the factors'
+eigenvalues.
+
+In the state of a weight: `Q_A`, `Q_G`, `spectrum` S (d_out, d_in), `spectrum_updates` (0-d) and the parts of D,
+`eigen_damping` (0-d), `damping_A` (d_in) and `damping_G` (d_out).
 A refresh of the bases takes some 20 d^3 operations for each side, where a Cholesky inverse takes d^3, one of S as many
 as the gradient of the weight on as many examples, and a step four products instead of two. A weight with a side that is
 not dense keeps the Kronecker form.
@@ -31,7 +36,7 @@ from kfac_triton.approximations.kronecker import FactorUpdate, Refresh, Statisti
 from kfac_triton.blocks.layout import DENSE, Layout
 from kfac_triton.ops import OneHot, Patches
 
-NAMES = ("Q_A", "Q_G", "spectrum", "spectrum_updates", "eigen_damping")
+NAMES = ("Q_A", "Q_G", "spectrum", "damping_A", "damping_G", "spectrum_updates", "eigen_damping")
 AT_ONCE = 2**24  # entries of examples' gradients that are held at a time
 
 
@@ -59,8 +64,18 @@ def _update(refresh: Refresh) -> bool:
         state["spectrum"] = lambda_G.unsqueeze(-1) * lambda_A.unsqueeze(-2)
         state["spectrum_updates"] = torch.zeros((), dtype=torch.float32, device=Q_A.device)
     state["Q_A"], state["Q_G"] = Q_A, Q_G
-    state["eigen_damping"] = torch.as_tensor(refresh.damping, dtype=Q_A.dtype, device=Q_A.device).clone()
+    damping = torch.as_tensor(refresh.damping, dtype=Q_A.dtype, device=Q_A.device)
+    pi = factors.pi_of(lambda_A.mean(dim=-1), lambda_G.mean(dim=-1)).unsqueeze(-1)
+    state["eigen_damping"] = damping.clone()
+    state["damping_A"], state["damping_G"] = damping.sqrt() / pi * lambda_A, damping.sqrt() * pi * lambda_G
     return True
+
+
+def damped(state: dict[str, Any]) -> Tensor:
+    """S and what factored damping adds beside the damping itself, (d_out, d_in)."""
+    S: Tensor = state["spectrum"]
+    of_one_side: Tensor = state["damping_G"].unsqueeze(-1) + state["damping_A"].unsqueeze(-2)
+    return S + of_one_side
 
 
 def _in_bases(layout: Layout) -> bool:
@@ -122,18 +137,15 @@ def _pairs(own: Statistics, Q_A: Tensor, Q_G: Tensor) -> Iterator[tuple[Tensor, 
 
 
 def memory(weight: Tensor, layout: Layout) -> int:
-    """Bytes of the eigenvalues; the eigenvectors take as many as the factors."""
-    return int(kronecker.factor_dtype(weight).itemsize) * _size(weight, layout) if _in_bases(layout) else 0
-
-
-def _size(weight: Tensor, layout: Layout) -> int:
+    """Bytes of the eigenvalues and their damping; the eigenvectors take as many as the factors."""
     d_in, d_out = layout.dims(weight.shape)
-    return layout.groups * d_in * d_out
+    elements = layout.groups * (d_in * d_out + d_in + d_out)
+    return int(kronecker.factor_dtype(weight).itemsize) * elements if _in_bases(layout) else 0
 
 
 def stored(state: dict[str, Any]) -> bool:
-    """Whether there are bases in the state of a weight."""
-    return "Q_A" in state
+    """Whether there are bases in the state of a weight, and their damping."""
+    return "damping_A" in state
 
 
 def ready(state: dict[str, Any]) -> bool:

@@ -51,15 +51,48 @@ class Statistics:
         held = self._tensors()[0]
         return (tensor_of(self.terms, held) > 0) & (tensor_of(self.rows, held) > 0)
 
-    def magnitudes(self) -> list[Tensor]:
-        """Norms, finite if and only if the factors from these statistics are."""
-        return [torch.linalg.vector_norm(t, dtype=_wide(t.dtype)) for t in self._tensors()]
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """How large A and G of these statistics are, 0-d: their traces where there are rows, the norms of sums. Finite
+        if and only if the factors are."""
+        sides = (self._written_rows(), self.g) if self.sums is None else ([self.sums[0]], [self.sums[1]])
+        held = self._tensors()[0]
+        sizes = []
+        for tensors, count in zip(sides, (self.terms, self.rows), strict=True):
+            norms = [torch.linalg.vector_norm(t, dtype=_wide(t.dtype)) for t in tensors]
+            total = torch.stack(norms) if norms else held.new_zeros(1, dtype=_wide(held.dtype))
+            total = total if self.sums is not None else total.square()
+            sizes.append(total.sum() / tensor_of(count, held).clamp(min=1))
+        return sizes[0], sizes[1]
+
+    def _written_rows(self) -> list[Tensor]:
+        written = [rows.image if isinstance(rows, Patches) else rows for rows in self.a]
+        return [rows for rows in written if isinstance(rows, Tensor)]
 
     def _tensors(self) -> list[Tensor]:
-        if self.sums is not None:
-            return list(self.sums)
-        written = [rows.image if isinstance(rows, Patches) else rows for rows in self.a]
-        return [*(rows for rows in written if isinstance(rows, Tensor)), *self.g]
+        return list(self.sums) if self.sums is not None else [*self._written_rows(), *self.g]
+
+
+def typical(state: dict[str, Any], own: Statistics, sizes: tuple[Tensor, Tensor], decay: float) -> Tensor:
+    """Whether statistics are no outlier, 0-d bool: not far larger than those before.
+
+    One batch that is a thousand times larger would stand in the averages for hundreds of updates, and hold its layer
+    still. A lasting change is let in after some updates, since what is usual moves towards it with each of them.
+    """
+    return _note_size(state, "A", sizes[0], decay, own.layout.operation == "scale") & _note_size(
+        state, "G", sizes[1], decay, True
+    )
+
+
+def _note_size(state: dict[str, Any], name: str, new: Tensor, decay: float, of_gradients: bool) -> Tensor:
+    """Whether a factor of this size is usual; moves the running average of what is."""
+    known: Tensor = state.get(f"{name}_size", torch.zeros_like(new))
+    outlier = (known > 0) & (new > (factors.OUTLIER_GRADIENTS if of_gradients else factors.OUTLIER) * known)
+    counted = torch.where(outlier, factors.OUTLIER * known, new)
+    k = state.get("factor_updates", torch.zeros_like(known)) + 1
+    beta, share = factors.average_weights(k.to(new.dtype), decay, torch.isfinite(new))
+    moved = torch.where(known > 0, beta * known + share * counted, counted)
+    state[f"{name}_size"] = torch.where(torch.isfinite(new), moved, known)
+    return ~outlier
 
 
 def tensor_of(count: float | Tensor, like: Tensor) -> Tensor:

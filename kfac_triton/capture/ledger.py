@@ -69,8 +69,11 @@ class Ledger(Hooks):
 
     `paused`: a backward pass of K-FAC's own runs through the user's graph, which is none of the user's. `wrapper`: the
     DistributedDataParallel whose forward pass made the last call. `changed()` calls `follow` if there are other
-    parameters now.
+    parameters now. `on_outputs`, while it is there, may name a tensor in what a call returned and what is to receive
+    its gradient.
     """
+
+    on_outputs: Callable[[Inputs, Any], tuple[Tensor, Callable[[Tensor], None]] | None] | None = None
 
     def __init__(
         self,
@@ -160,6 +163,10 @@ class Ledger(Hooks):
             return
         call.close(self._state)
         self._listener.returned(call.inputs, returned)
+        watched = None if self.on_outputs is None else self.on_outputs(call.inputs, returned)
+        if watched is not None:
+            tensor, receive = watched
+            tensor.register_hook(receive)
         tensors = list(outputs_of(returned))
         for z in tensors:
             if z.grad_fn is not None:  # a hook on a leaf, a parameter among the outputs, would outlive the pass
@@ -169,9 +176,9 @@ class Ledger(Hooks):
             self._hidden.append(call)
             self._hearing.hides = True
             self._hearing.gradients(self._gradients.parameters)
-        watched = self._listener.closed(call, returned)
-        if watched is not None:
-            watched.register_hook(functools.partial(self._arrived, call, watched.output_nr))
+        root = self._listener.closed(call, returned)
+        if root is not None:
+            root.register_hook(functools.partial(self._arrived, call, root.output_nr))
 
     def _autocast(self) -> tuple[Autocast, ...]:
         return tuple(
