@@ -26,6 +26,7 @@ from torch import Tensor
 
 LARGEST = 2.0**16  # entry of a gradient divided by its size
 MOST = 2.0**48  # size that counts without a bound: beyond, a gradient is as long as one of that size
+LONGEST = 1e37  # quadratic, which a group without a bound beside one with could bring out of float32's range
 LEAST_LR = 1e-12  # in the bounds: lr = 0 would bound nothing, and the momentum waits for an lr that is not 0
 
 
@@ -71,7 +72,8 @@ def bounds_of_step(
     for share in shares:
         mu, n = share.momentum, nu[share.region]
         before = share.quadratics + raised * share.dots
-        quadratics.append(mu**2 * before + 2 * mu * n * share.overlaps + n**2 * share.dots)
+        after = mu**2 * before + 2 * mu * n * share.overlaps + n**2 * share.dots
+        quadratics.append(after.clamp(max=LONGEST))
     total = torch.maximum(old, least) + 2 * cross + new
     return [_bound(clip, total).clamp(max=1.0) for clip in kl_clip], quadratics
 

@@ -173,6 +173,17 @@ def test_at_an_lr_of_zero_the_momentum_stays_finite(kl_clip):
     check(model, optimizer)
 
 
+def test_of_a_group_without_a_bound_beside_one_with():
+    """Its step is as long as its gradient says, within what stays finite, and its momentum too."""
+    model = mlp()
+    groups = [{"params": model[0].parameters(), "kl_clip": None}, {"params": model[2].parameters()}]
+    optimizer = KFAC(model, groups, likelihood="categorical", lr=0.1, compile=False)
+    x, y = data()
+    for scale in (1.0, 3e38, 3e38):
+        train_step(optimizer, model, x, y, lambda z, y, c=scale: c * F.cross_entropy(z, y))
+        check(model, optimizer, math.inf)
+
+
 def test_under_a_scaler_that_multiplies_it_beyond():
     """The gradient is finite only because of the scale that is undone."""
     model = mlp()

@@ -87,7 +87,7 @@ def _note_size(state: dict[str, Any], name: str, new: Tensor, decay: float, of_g
     """Whether a factor of this size is usual; moves the running average of what is."""
     known: Tensor = state.get(f"{name}_size", torch.zeros_like(new))
     outlier = (known > 0) & (new > (factors.OUTLIER_GRADIENTS if of_gradients else factors.OUTLIER) * known)
-    counted = torch.where(outlier, factors.OUTLIER * known, new)
+    counted = torch.where(outlier, factors.LASTING * known, new)
     k = state.get("factor_updates", torch.zeros_like(known)) + 1
     beta, share = factors.average_weights(k.to(new.dtype), decay, torch.isfinite(new))
     moved = torch.where(known > 0, beta * known + share * counted, counted)
