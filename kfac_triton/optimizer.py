@@ -6,6 +6,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -264,7 +265,8 @@ class KFAC(torch.optim.Optimizer):
         def follow() -> None:
             optimizer = itself()
             if optimizer is not None:
-                optimizer._attached()
+                with suppress(ValueError, NotImplementedError):  # step() raises it, not the user's pass
+                    optimizer._attached()
 
         self._curvature = Curvature(module, self._settings, self._members.present, ranks, due, follow)
         self._curvature.record_passes(any(group["piggyback"] for group in self.param_groups))
