@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -76,13 +77,24 @@ def prepare(optimizer: torch.optim.Optimizer, curvature: Curvature, parameters: 
     moving = any(group["momentum"] != 0 or group["adaptive_damping"] for group in optimizer.param_groups)
     _prepare_blocks(optimizer, curvature, blocks)
     covered = {*blocks, *(block.bias for block in blocks.values())}
+    bounded = moving and any(group["kl_clip"] < math.inf for group in optimizer.param_groups)
+    apart = _apart(optimizer, blocks)
     for p in parameters:
-        momentum, adamw = schema.parts_of_parameter(p)
+        momentum, adamw, quadratic = schema.parts_of_parameter(p)
         stored = optimizer.state[p]  # empty where nothing else is: torch.distributed.checkpoint asks for an entry
         if p not in covered:
             _fill(stored, adamw, p)
         elif moving:
             _fill(stored, momentum, p, which=-1 if adaptive else 0)
+            if bounded and (p in blocks or p in apart):
+                _fill(stored, quadratic, p)
+
+
+def _apart(optimizer: torch.optim.Optimizer, blocks: Mapping[nn.Parameter, Block]) -> set[nn.Parameter]:
+    """The biases that are in another group than their weight."""
+    group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    pairs = ((weight, block.bias) for weight, block in blocks.items())
+    return {bias for weight, bias in pairs if bias is not None and group_of.get(bias) != group_of.get(weight)}
 
 
 def _prepare_blocks(

@@ -72,10 +72,12 @@ def approximation_of(stored: Mapping[str, Any], usual: str) -> str:
 
 
 def parts_of_parameter(p: Tensor) -> Iterator[Part]:
-    """What every parameter may hold: momentum, which adaptive steps keep in the factors' precision, or AdamW's."""
+    """What every parameter may hold: momentum, which adaptive steps keep in the factors' precision, AdamW's averages,
+    and the quadratic form of the momentum where a trust region bounds it."""
     like = Slot(tuple(p.shape), (p.dtype,))
     yield Part({"momentum_buffer": Slot(like.shape, (p.dtype, kronecker.factor_dtype(p)))})
     yield Part({"exp_avg": like, "exp_avg_sq": like, "fallback_step": COUNTER})
+    yield Part({"quadratic": Slot((), (kronecker.factor_dtype(p),))})
 
 
 def parts_of_block(weight: Tensor, layout: Layout, settings: Settings, after: Neighbour | None) -> Iterator[Part]:
@@ -85,6 +87,7 @@ def parts_of_block(weight: Tensor, layout: Layout, settings: Settings, after: Ne
     A, G = (Slot(shape, wide) for shape in shapes)
     A_inv, G_inv = (Slot(shape, wide) for shape in layout.inverse_shapes(weight.shape))
     yield Part({"factor_updates": COUNTER}, always=True)
+    yield Part({"A_size": Slot((), wide), "G_size": Slot((), wide)})
     if settings.approximation == "inverse_free":
         roots = {f"{side}_root": Slot(shape, (weight.dtype,)) for side, shape in zip("AG", shapes, strict=True)}
         means = {f"{side}_mean": Slot((), wide) for side in "AG"}
@@ -96,7 +99,8 @@ def parts_of_block(weight: Tensor, layout: Layout, settings: Settings, after: Ne
             yield Part({name: Slot(size, wide) for name, size in average.buffers(side, shape[-1]).items()})
     if settings.approximation == "eigen" and layout.A == layout.G == DENSE:
         bases = {"Q_A": A, "Q_G": G, "spectrum": Slot((*G.shape[:-1], d_in), wide), "spectrum_updates": COUNTER}
-        yield Part({**bases, "eigen_damping": Slot((), wide)})
+        dampings = {"damping_A": Slot(A.shape[:-1], wide), "damping_G": Slot(G.shape[:-1], wide)}
+        yield Part({**bases, **dampings, "eigen_damping": Slot((), wide)})
     else:
         yield Part({"A_inv": A_inv, "G_inv": G_inv})
     if settings.temporal != "independent" and temporal.applies(layout):
