@@ -107,7 +107,8 @@ class Curvature:
             self._sums.follow = follow
         if self._piggyback is not None:
             self._piggyback.ledger = self.passes
-        self._first = None if settings.likelihood is None else FirstGradients(settings, settings.likelihood)
+        known = settings.likelihood if settings.check_loss_scale else None
+        self._first = None if known is None else FirstGradients(settings, known)
         self.passes.on_outputs = None if self._first is None else self._first.outputs
 
     def close(self) -> None:
@@ -194,8 +195,9 @@ class Curvature:
         seen = None if self._piggyback is None else self._piggyback.take(kept)
         if self._first is not None:
             named = self._first.warn([call.inputs for call in kept], unscale)
-            if self._pass is not None:
-                self._pass.axis_named = named
+            for source in (self._pass, self._sums):
+                if source is not None:
+                    source.axis_named = named
             self.trust_loss_scale()
         if seen is None and not self._repeatable(kept):
             return

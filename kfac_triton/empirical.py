@@ -77,12 +77,13 @@ class EmpiricalSums(Listener):
     """Collects the sums of every tapped weight until `take`, from the passes that a ledger tells of.
 
     `destination`: in a backward pass, what becomes of the gradients of parameters; only accumulated ones count.
-    `follow` takes in what the user changed in the model.
+    `follow` takes in what the user changed in the model. `axis_named`: a warning has named the classes' axis already.
     """
 
     destination: Callable[[], Destination]
     follow: Callable[[], None]
     assigned_gradients = False
+    axis_named = False
 
     def __init__(self, state: ModuleState, parameters: list[nn.Parameter], settings: Settings) -> None:
         self._state, self._module = state, state.root
@@ -228,7 +229,8 @@ class EmpiricalSums(Listener):
                 recorder, returned = recorded_forward(replay, inputs, self._sums)
                 z = tensor_of_outputs(returned, self._settings.output)
                 recorder.add_unseen(UnseenUses(), z)
-                warn_of_image_axis(self._likelihood, z, filter(dense, inputs.tensors()))
+                if not self.axis_named:
+                    warn_of_image_axis(self._likelihood, z, filter(dense, inputs.tensors()))
         except Exception as error:  # the user's forward may need surroundings that step() lacks
             log.warning(
                 'fisher="empirical" could not check that no weight is used outside its module: the forward pass '
