@@ -53,6 +53,7 @@ NUMBERS = [math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]]
     [
         ("likelihood", ["softmax", "Categorical", 1, nn.CrossEntropyLoss()], '"categorical", "bernoulli", "gaussian"'),
         ("fisher", ["true", "MC", None, 1], "'mc', 'exact', 'empirical'"),
+        ("fisher_pass", ["both", "Replay", None, True], "'auto', 'replay', 'piggyback'"),
         ("approximation", ["inverse-free", "kfac", None], "'kronecker', 'tridiagonal', 'eigen', 'inverse_free'"),
         ("weight_sharing", ["mean", None], "'expand', 'reduce'"),
         ("lr", [*NUMBERS, -1e-3, "Adaptive"], ""),
@@ -207,3 +208,8 @@ def test_a_refused_argument_leaves_no_hook_behind():
 def test_the_likelihoods_axis(dim):
     with pytest.raises(ValueError, match=r"dim must be an int.*got"):
         Categorical(dim=dim)
+
+
+def test_the_empirical_fisher_has_no_pass_of_its_own():
+    with pytest.raises(ValueError, match=r'fisher_pass must be "auto" with fisher="empirical"; got \'replay\''):
+        KFAC(nn.Linear(2, 2), fisher="empirical", fisher_pass="replay")

@@ -194,6 +194,7 @@ def test_passes_whose_gradients_the_closure_clears_do_not_count():
     for _ in range(6):
         F.cross_entropy(model(X), Y).backward()
         closure_step(optimizer, model, X, Y)
+    assert optimizer.param_groups[0]["step"] == 6
 
 
 def test_accumulation_outside_the_closure_is_fine_without_a_model_of_the_loss():
@@ -208,6 +209,7 @@ def test_accumulation_outside_the_closure_is_fine_without_a_model_of_the_loss():
         return loss
 
     optimizer.step(closure)
+    assert optimizer.param_groups[0]["step"] == 1
 
 
 # loss_scale is compared with the loss where the Fisher of the outputs is known to be the loss's Hessian.

@@ -92,6 +92,7 @@ def test_a_group_made_from_another_groups_values():
     train_step(optimizer, model, *data())
     optimizer.add_param_group({**optimizer.param_groups[0], "params": model[2].parameters()})
     train_step(optimizer, model, *data())
+    assert [group["step"] for group in optimizer.param_groups] == [2, 2]
 
 
 @pytest.mark.parametrize(
