@@ -250,7 +250,7 @@ def _gradient_and_directions(
     longest = max(float(group["lr"]) for group in optimizer.param_groups)
     gradient, natural = _gradient_and_natural(*update.precondition(plan, hyper, blocks), plan, blocks)
     for p, grad in zip(tensors.parameters, tensors.grads, strict=True):
-        gradient[cast(nn.Parameter, p)] = grad * (hyper.unscale / (hyper.loss_scale * hyper.size)).to(grad)
+        gradient[cast(nn.Parameter, p)] = grad * hyper.unscale.to(grad) / (hyper.loss_scale * hyper.size).to(grad)
     for own, v in natural.items():  # an adaptive alpha would undo a factor that all share
         lr = float(group_of[own]["lr"])
         if lr != longest:

@@ -150,7 +150,8 @@ def _joint_gradient(plan: Plan, hyper: Hyper, blocks: Blocks, i: int, share: Ten
     layer, dtype = plan.layers[i], blocks.A_inv[i].dtype
 
     def own(grad: Tensor, parameter: Tensor, group: int) -> Tensor:
-        scaled = grad.to(dtype) * ((share * hyper.unscale) if plan.gated else share)
+        # one after the other: their product may be denormal, which code compiled for speed makes the process flush to 0
+        scaled = (grad.to(dtype) * hyper.unscale.to(dtype) if plan.gated else grad.to(dtype)) * share
         if plan.weight_decay:
             scaled = scaled + parameter.to(dtype) * (share * hyper.weight_decay[group])
         return torch.where(hyper.finite, scaled, torch.zeros_like(scaled)) if plan.gated else scaled

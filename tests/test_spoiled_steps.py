@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -334,7 +335,16 @@ def test_a_fixed_run_counts_its_skipped_steps(caplog):
     assert len(caplog.messages) == 1
 
 
-def test_steps_that_a_scaler_skips_are_no_news(caplog):
+@pytest.fixture(params=[False, True], ids=["denormals", "no denormals"])
+def flushed(request) -> Iterator[None]:
+    """Denormal numbers are as they are, or 0, as in a process that loaded code compiled for speed."""
+    if not torch.set_flush_denormal(request.param):
+        pytest.skip("this processor does not flush denormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_steps_that_a_scaler_skips_are_no_news(caplog, flushed):
     """A GradScaler finds its scale by overflowing."""
     optimizer = KFAC(model := mlp(), likelihood="categorical", loss_scale=64.0, compile=False, lr="adaptive")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
