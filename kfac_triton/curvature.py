@@ -80,11 +80,9 @@ class Curvature:
         self._unmeasured: list[kronecker.FactorUpdate] = []
         check_sharing(settings.weight_sharing, self.names.values())
         self.scripted = isinstance(module, torch.jit.ScriptModule)  # it takes no hooks and hides its functions
-        if self.scripted:
-            pass
-        elif settings.fisher == "empirical":
+        if settings.fisher == "empirical" and not self.scripted:
             self._sums = EmpiricalSums(self.module_state, parameters, settings)
-        elif settings.likelihood is not None:
+        elif settings.likelihood is not None and not self.scripted:
             self._pass = FisherPass(
                 self.module_state,
                 settings.likelihood,

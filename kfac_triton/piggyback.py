@@ -91,7 +91,7 @@ class Piggyback(Listener):
             return
         recorder = UseRecorder(p for p in self._parameters() if p.requires_grad)
         surroundings = ExitStack()
-        surroundings.enter_context(custom_layers(call.inputs.module, recorder, self._sampling.blocks))
+        surroundings.enter_context(custom_layers(module, recorder, self._sampling.blocks))
         surroundings.enter_context(recorder)
         call.record = _Record(recorder, surroundings)
 
@@ -165,11 +165,11 @@ class Piggyback(Listener):
 
     def dropped(self) -> None:
         self._counted.clear()
+        self._layers = False
 
     def take(self, kept: Sequence[Call]) -> Seen | None:
         """What the passes of this step gave; None where one of its calls was not recorded."""
         found, self._counted = self._counted, []
-        self._layers = False
         recorded = all(call.record is not None for call in kept)
         for call in kept:
             call.record = None  # it holds the graph

@@ -77,18 +77,6 @@ def two_discarded_and_two_kept(m, call, x, y):
     return torch.cat([x, 2 * x])
 
 
-def skipped_micro_batch(m, call, x, y):
-    """A loop that throws a bad micro-batch away by restoring the gradients from before it."""
-    backward(call, x, y)
-    before = {p: p.grad.clone() for p in m.parameters()}
-    m.zero_grad()
-    backward(call, 100 * x, y)
-    for p, grad in before.items():
-        p.grad = grad
-    backward(call, 2 * x, y)
-    return None  # what restored gradients came from, nothing can tell: at least the discarded batch is not alone
-
-
 def attack(m, call, x, y):
     adversarial = x
     for _ in range(5):
@@ -343,6 +331,7 @@ def test_a_discarded_batch_then_no_other(fisher):
     optimizer = KFAC(m, **WHOLE, fisher=fisher)
     backward(m, x, y)
     m.zero_grad()
+    assert optimizer._attached().passes.take() == []
     optimizer.step()
     assert optimizer.factors() == {} and optimizer.param_groups[0]["step"] == 0
 
@@ -520,8 +509,12 @@ def test_a_cell_called_in_a_loop():
     torch.testing.assert_close(optimizer.factors(), expected.factors())
 
 
-def test_two_heads_on_one_trunk():
-    """The loss is a sum over both heads: the trunk's block is the Fisher of the mean over all their loss terms."""
+@pytest.mark.parametrize(("fisher", "n", "error"), [("exact", 32, 1e-6), ("mc", 8192, 0.1)])
+def test_two_heads_on_one_trunk(fisher, n, error):
+    """The loss is a sum over both heads: the trunk's block is the Fisher of the mean over all their loss terms.
+
+    Sampled, each head has targets of its own, and the error is that of n of them.
+    """
 
     class Heads(nn.Module):
         def __init__(self) -> None:
@@ -529,10 +522,10 @@ def test_two_heads_on_one_trunk():
             torch.manual_seed(0)
             self.trunk, self.left, self.right = nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(4, 3)
 
-    x, y = data(32)
+    x, y = data(n)
     model = Heads().double()
     x = x.double()
-    optimizer = KFAC(model, **WHOLE, fisher="exact", lr=0.0)
+    optimizer = KFAC(model, **WHOLE, fisher=fisher, lr=0.0)
     h = model.trunk(x)
     (F.cross_entropy(model.left(h), y) + F.cross_entropy(model.right(h), y)).backward()
     optimizer.step()
@@ -542,7 +535,8 @@ def test_two_heads_on_one_trunk():
         p = torch.softmax(head(h), 1).detach()
         H = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
         G += (head.weight.T @ H @ head.weight).sum(0).detach()
-    torch.testing.assert_close(torch.kron(factors["G"], factors["A"]), torch.kron(G / 32, second_moment(x) * 32 / 64))
+    expected = torch.kron(G / n, second_moment(x) / 2)
+    assert torch.linalg.norm(torch.kron(factors["G"], factors["A"]) - expected) < error * torch.linalg.norm(expected)
 
 
 def test_a_resumed_run_of_parts_is_equal_to_the_bit():

@@ -25,7 +25,8 @@ class Call:
         self.inputs = inputs
         self.ancestors = ancestors
         self.record: Any = None
-        self._versions = list(map(version, inputs.tensors()))
+        # outside of compiled code the call may still write to its inputs: `close` notes what it leaves
+        self._versions = list(map(version, inputs.tensors())) if inputs.opening is None else []
 
     def close(self, state: ModuleState) -> None:
         """The call returned: what it received is in containers of its own, and no tensor that the call wrote to."""
