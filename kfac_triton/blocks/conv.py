@@ -29,7 +29,7 @@ from kfac_triton.blocks.use import ATEN, Resolve, Use
 from kfac_triton.ops import Patches, Rows
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class ConvUse(Use):
     """`kernel`, `stride`, `dilation`: by axis, the last one last; `padding`: zeros around x as F.pad takes them, the
     last axis first. `axes`: of the convolution; one of one axis has a height of 1. Of a transposed convolution these
@@ -135,7 +135,7 @@ class ConvUse(Use):
 def _by_axis(value: int | Sequence[int], axes: int, fill: int) -> tuple[int, ...]:
     """An argument of a convolution by axis, two of them at least."""
     values = [value] * axes if isinstance(value, int) else list(value) * (axes if len(value) == 1 else 1)
-    return (fill, int(values[0])) if axes == 1 else tuple(int(v) for v in values)
+    return (fill, int(values[0])) if axes == 1 else tuple(map(int, values))
 
 
 def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...], axes: int) -> tuple[int, ...]:
@@ -144,7 +144,7 @@ def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...], a
         around = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple(zeros for total in reversed(around) for zeros in (total // 2, total - total // 2))
     sides = (0,) * len(kernel) if padding == "valid" else _by_axis(padding, axes, 0)
-    return tuple(zeros for side in reversed(sides) for zeros in (side, side))
+    return tuple([zeros for side in reversed(sides) for zeros in (side, side)])
 
 
 def _matcher(axes: int) -> Callable[..., Use | None]:

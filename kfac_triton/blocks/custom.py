@@ -87,7 +87,7 @@ class LayerBlock(ABC):
                 )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class CustomUse(Use):
     """One call of a layer with a block of the user's own."""
 

@@ -8,7 +8,7 @@ A vector that is added at every position is a table of one row, and its block a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from kfac_triton.blocks.use import ATEN, Part, Resolve, Use
 from kfac_triton.ops import OneHot
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class TableUse(Use):
     """`x` holds the number of the row that went into each vector of the outputs; `leave_out` names one without a
     gradient (an embedding's padding). `axis`: where the outputs hold the vectors."""
@@ -50,7 +50,7 @@ class TableUse(Use):
         return None if self.leave_out is None else (self.x != self.leave_out).reshape(-1)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class PositionUse(TableUse):
     """A table that is added to activations, or stands beside them: there at `place`, (axis, start, length)."""
 
@@ -164,6 +164,7 @@ def _match_repeat(resolve: Resolve, input: Any, *sizes: Any) -> PositionUse | No
 
 SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, ATEN.add.Tensor)
 DIFFERENCES = (torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__, ATEN.sub.Tensor)
+PLAIN_ADDITIONS = frozenset({*SUMS, *DIFFERENCES})
 ADDITIONS = (
     *SUMS, *DIFFERENCES, Tensor.add_, Tensor.__iadd__, Tensor.sub_, Tensor.subtract_, Tensor.__rsub__, Tensor.__isub__,
     ATEN.add_.Tensor, ATEN.sub_.Tensor,
@@ -184,3 +185,14 @@ MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
     ATEN.repeat.default: _match_repeat,
     **dict.fromkeys(ADDITIONS, _match_add),
 }
+
+
+def moved_by_a_number(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor whose gradient the result has, in 1 + w, as norms have it that hold the rest of their scale."""
+    if func not in PLAIN_ADDITIONS or len(args) != 2 or "out" in kwargs:
+        return None
+    left, right = args
+    if isinstance(left, Tensor) and isinstance(right, (int, float)):
+        return left
+    swapped = isinstance(left, (int, float)) and isinstance(right, Tensor) and func in SUMS and not kwargs
+    return right if swapped else None

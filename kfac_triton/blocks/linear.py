@@ -17,7 +17,7 @@ from torch import Tensor
 from kfac_triton.blocks.use import ATEN, Part, Resolve, Use
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class LinearUse(Use):
     """`columns`: the positions are columns of x, as in W @ x."""
 
@@ -26,6 +26,7 @@ class LinearUse(Use):
     operation = "linear"
 
     def _rows(self, t: Tensor) -> Tensor:
+        """t (..., d) as rows (n, d)."""
         if self.columns and t.dim() > 1:
             t = t.transpose(-1, -2)
         if self.batch_axis and t.dim() == 2:
@@ -35,14 +36,14 @@ class LinearUse(Use):
         return t.reshape(-1, t.shape[-1])
 
     def a(self) -> Tensor:
-        return self._rows(self.x)
+        plain = self.x.dim() == 2 and not self.columns and not self.batch_axis
+        return self.x if plain else self._rows(self.x)
 
     def g(self, dy: Tensor) -> Tensor:
-        rows = self._rows(dy)
-        if self.weight.whole:
-            return rows
-        after = self.weight.parameter.shape[0] - self.weight.stop
-        return F.pad(rows, (self.weight.start, after))
+        plain = dy.dim() == 2 and not self.columns and not self.batch_axis
+        rows = dy if plain else self._rows(dy)
+        before, after = self.weight.start, self.weight.parameter.shape[0] - self.weight.stop
+        return F.pad(rows, (before, after)) if before or after else rows
 
 
 def _use(weight: Part, bias: Part | None, x: Any, *, in_out: bool, columns: bool = False) -> LinearUse | None:

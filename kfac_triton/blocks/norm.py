@@ -21,7 +21,7 @@ from torch import Tensor
 from kfac_triton.blocks.use import ATEN, Resolve, Use, part_of
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class ScaleUse(Use):
     """`x` is what the scale multiplies; `shape` is how scale and shift are broadcast against the outputs."""
 

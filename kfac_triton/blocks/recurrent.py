@@ -25,7 +25,7 @@ from kfac_triton.blocks.use import ATEN
 Step = Callable[[Tensor, Any], Any]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class RecurrentUse(LinearUse):
     """`steps`: how many rows each time step has. Where all have as many, they are the examples (`batch_axis` 1)."""
 

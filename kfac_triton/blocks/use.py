@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +16,7 @@ from kfac_triton.ops import Rows
 ATEN = torch.ops.aten  # the functions that exported programs call
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A parameter as an operation received it: itself, rows start:stop of it, or the transpose of either."""
 
     parameter: torch.nn.Parameter
@@ -26,6 +27,10 @@ class Part:
     @property
     def whole(self) -> bool:
         return self.start == 0 and self.stop == self.parameter.shape[0]
+
+
+# A Part from (parameter, start, stop, transposed) without a Python call, which a pass would make for every parameter.
+part_from: Callable[[tuple[torch.nn.Parameter, int, int, bool]], Part] = partial(tuple.__new__, Part)
 
 
 class Resolve(Protocol):
@@ -64,7 +69,7 @@ def _strides_match(view: Tensor, width: int) -> bool:
     return (width == 1 or view.stride(1) == 1) and (view.shape[0] == 1 or view.stride(0) == width)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Use(ABC):
     """One call of an operation with `weight`. The input `x` is kept by reference, without its graph.
 

@@ -9,17 +9,20 @@ per thread. `tensors`: input tensors of any layout.
 
 from kfac_triton.capture.calls import Call, Listener
 from kfac_triton.capture.compiled_calls import compiled_parts
+from kfac_triton.capture.custom import custom_layers
 from kfac_triton.capture.gradients import Destination
 from kfac_triton.capture.inputs import Autocast, Inputs, sweep_inert
 from kfac_triton.capture.ledger import Ledger
 from kfac_triton.capture.passes import bare_pass, changed_outputs, closure_pass, watched_calls
 from kfac_triton.capture.patches import alone, backward_calls, uncheckpointed
 from kfac_triton.capture.paths import UnseenUses
+from kfac_triton.capture.recorded import Recorded, Uses
 from kfac_triton.capture.replay import Replay
 from kfac_triton.capture.state import ModuleState, Opening
 from kfac_triton.capture.taps import ModuleTaps, module_use
 from kfac_triton.capture.tensors import dense
-from kfac_triton.capture.uses import MATCHERS, Recorded, Unrolled, UseRecorder, Uses, custom_layers, unseen_uses
+from kfac_triton.capture.unrolled import Unrolled
+from kfac_triton.capture.uses import MATCHERS, UseRecorder, unseen_uses
 
 __all__ = [
     "MATCHERS",

@@ -28,12 +28,12 @@ class _Plain:
 class Copies:
     """Copies of values: containers with their items, tensors and arrays of up to `limit` bytes, generators.
 
-    Values that are the same object or share memory do so among the copies too. Memory in `kept` (see `storage_of`),
+    Values that are the same object or share memory do so among the copies too. Memory in `kept()` (see `storage_of`),
     that of parameters, is never copied, so that a view of a weight stays one. An object of an ordinary Python class
     stays the same object; `objects` has the copies of its attributes.
     """
 
-    def __init__(self, kept: set[int | None], limit: float) -> None:
+    def __init__(self, kept: Callable[[], set[int | None]], limit: float) -> None:
         self.objects: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._limit = limit
         self._kept = kept
@@ -43,7 +43,7 @@ class Copies:
 
     def of(self, value: Any, depth: int = 0) -> Any:
         """The copy of a value, or the value itself where it needs none or allows none."""
-        if type(value) in PLAIN:
+        if plain(value):
             return value
         made = self._copies.get(id(value))
         if made is None:
@@ -119,7 +119,7 @@ class Copies:
     def _tensor(self, t: Tensor) -> Tensor:
         storage = storage_of(t)
         size = 0 if storage is None else t.untyped_storage().nbytes()
-        elsewhere = type(t) is not Tensor or t.is_nested or storage is None or storage in self._kept
+        elsewhere = type(t) is not Tensor or t.is_nested or storage is None or storage in self._kept()
         if elsewhere or min(size, t.nbytes) > self._limit:
             copied = t
         elif size > self._limit or t.is_conj() or t.is_neg() or t.is_quantized:
@@ -133,6 +133,11 @@ class Copies:
             copied.requires_grad_()
         self._originals[id(copied)] = (t, _version(copied))
         return copied
+
+
+def plain(value: Any) -> bool:
+    """Whether nothing of a value can change, as of a tuple of numbers."""
+    return type(value) in PLAIN or (type(value) is tuple and PLAIN.issuperset(map(type, value)))
 
 
 def ordinary(value: Any) -> bool:
@@ -170,6 +175,8 @@ def _alike(
             pairs = zip(now.values(), then.values(), strict=True)
             return list(now) == list(then) and all(_alike(a, b, same, attributes_of, visited) for a, b in pairs)
         if isinstance(now, (list, tuple, deque)) and len(now) <= MOST_ITEMS:
+            if PLAIN.issuperset(map(type, now)):
+                return [*map(type, now)] == [*map(type, then)] and bool(now == then)
             pairs = zip(now, then, strict=True)
             return all(_alike(a, b, same, attributes_of, visited) for a, b in pairs)
         if now is then and ordinary(now):

@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
     opening: Opening | None = None
 
     def tensors(self) -> list[Tensor]:
-        if not self.kwargs and all(isinstance(a, Tensor) for a in self.args):
+        if not self.kwargs and {Tensor}.issuperset(map(type, self.args)):
             return list(self.args)
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping
+from operator import is_
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,18 @@ from torch.nn.modules.batchnorm import _NormBase
 INTERNAL = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}  # attributes that every module has
 
 Owner = MutableMapping[str, Any]
+
+
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """`root.modules()` in one Python call instead of several for every module."""
+    found: dict[int, nn.Module] = {}
+    ahead: list[nn.Module | None] = [root]
+    while ahead:
+        module = ahead.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            ahead.extend(reversed([*module._modules.values()]))
+    return list(found.values())
 
 
 class Slots(MutableMapping[str, Any]):
@@ -47,19 +60,40 @@ def slots_of(modules: Iterable[nn.Module]) -> list[Slots]:
     return [Slots(m) for m in slotted]
 
 
-def dictionaries(modules: Iterable[nn.Module]) -> list[Owner]:
-    """The attributes and buffers of modules, in dictionaries."""
-    found: list[Owner] = []
-    for m in modules:
-        found.append(vars(m))
-        if isinstance(m._buffers, dict):  # a scripted module keeps them elsewhere
-            found.append(m._buffers)
-    return found
+class Tree:
+    """The modules below a root and where they keep things, looked up anew only where that changed.
 
+    `owners`: attributes and buffers, in dictionaries, and slots. `parameters`: the tables of parameters. `scripted`:
+    modules that keep buffers and parameters elsewhere.
+    """
 
-def running_statistics(modules: Iterable[nn.Module]) -> set[int]:
-    """The ids of the buffers whose values change no output in training: averages kept for evaluation."""
-    return {id(m._buffers) for m in modules if isinstance(m, _NormBase) and m.momentum is not None}
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._tables: list[Any] = []
+        self._slots: dict[nn.Module, list[Slots]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Looks whether it is the same still."""
+        modules = modules_of(self._root)
+        tables = [table for m in modules for table in (m.__dict__, m._buffers, m._parameters)]
+        if len(tables) == len(self._tables) and all(map(is_, tables, self._tables)):
+            return
+        self._tables, self.modules = tables, modules
+        self.owners: list[Owner] = [
+            table for m in modules for table in (vars(m), m._buffers) if isinstance(table, dict)
+        ]
+        for m in modules:
+            if m not in self._slots:
+                self._slots[m] = slots_of([m])
+            self.owners += self._slots[m]
+        self.parameters = [m._parameters for m in modules if isinstance(m._parameters, dict)]
+        self.scripted = [m for m in modules if not isinstance(m._buffers, dict)]
+        self._norms = [m for m in modules if isinstance(m, _NormBase)]
+
+    def running_statistics(self) -> set[int]:
+        """The ids of the buffers whose values change no output in training: averages kept for evaluation."""
+        return {id(m._buffers) for m in self._norms if m.momentum is not None}
 
 
 def restore(owner: Owner, before: Owner) -> None:

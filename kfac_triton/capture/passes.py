@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -92,11 +92,17 @@ def watched_calls(module: nn.Module) -> Iterator[list[nn.Module]]:
             handle.remove()
 
 
+def _autocast(states: tuple[Autocast, ...]) -> AbstractContextManager[Any]:
+    """In here these are the autocast states."""
+    for kind, enabled, dtype in states:
+        if torch.is_autocast_enabled(kind) != enabled or torch.get_autocast_dtype(kind) != dtype:
+            return _autocast_set(states)
+    return nullcontext()
+
+
 @contextmanager
-def _autocast(states: tuple[Autocast, ...]) -> Iterator[None]:
-    if not states:
-        yield
-        return
-    state, rest = states[0], states[1:]
-    with torch.autocast(state.device_type, dtype=state.dtype, enabled=state.enabled), _autocast(rest):
+def _autocast_set(states: tuple[Autocast, ...]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind, enabled, dtype in states:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
         yield

@@ -13,12 +13,14 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+
+from kfac_triton.capture.owners import modules_of
 
 ALONE = threading.RLock()
 
@@ -37,14 +39,14 @@ def own_pass_running() -> bool:
     return _THREAD.own_pass
 
 
-@contextmanager
-def own_pass() -> Iterator[None]:
+class own_pass:
     """In here `own_pass_running()`."""
-    before, _THREAD.own_pass = _THREAD.own_pass, True
-    try:
-        yield
-    finally:
-        _THREAD.own_pass = before
+
+    def __enter__(self) -> None:
+        self._before, _THREAD.own_pass = _THREAD.own_pass, True
+
+    def __exit__(self, *error: object) -> None:
+        _THREAD.own_pass = self._before
 
 
 class PerThread:
@@ -57,28 +59,26 @@ class PerThread:
         self._owner, self._name = owner, name
         self._lock, self._inside = threading.Lock(), 0
         self._thread = threading.local()
+        self._original: Any = None
+        self._installed: Any = None
 
-    @contextmanager
-    def replaced_by(self, replacement: Callable[..., Any]) -> Iterator[None]:
+    def replaced_by(self, replacement: Callable[..., Any]) -> AbstractContextManager[None]:
         """In here, in this thread, calls go to `replacement(original, *args, **kwargs)`."""
-        stack = self._thread.__dict__.setdefault("stack", [])
-        self._enter()
-        stack.append(replacement)
-        try:
-            yield
-        finally:
-            stack.pop()
-            self._leave()
+        return _Replacement(self, replacement)
 
-    def _enter(self) -> None:
+    def enter(self, replacement: Callable[..., Any]) -> None:
         with self._lock:
             self._inside += 1
             if self._inside == 1:
                 self._before = vars(self._owner).get(self._name)
-                self._installed = self._dispatching(getattr(self._owner, self._name))
+                original = getattr(self._owner, self._name)
+                if self._installed is None or original != self._original:
+                    self._original, self._installed = original, self._dispatching(original)
                 setattr(self._owner, self._name, self._installed)
+        self._thread.__dict__.setdefault("stack", []).append(replacement)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        self._thread.__dict__["stack"].pop()
         with self._lock:
             self._inside -= 1
             if self._inside == 0 and vars(self._owner).get(self._name) is self._installed:
@@ -95,6 +95,19 @@ class PerThread:
 
         inherited_by_class = isinstance(self._owner, type) and hasattr(original, "__self__")
         return staticmethod(dispatch) if inherited_by_class else dispatch
+
+
+class _Replacement:
+    """What `PerThread.replaced_by` returns; a generator would be twice as many Python calls in every pass."""
+
+    def __init__(self, place: PerThread, replacement: Callable[..., Any]) -> None:
+        self._place, self._replacement = place, replacement
+
+    def __enter__(self) -> None:
+        self._place.enter(self._replacement)
+
+    def __exit__(self, *error: object) -> None:
+        self._place.leave()
 
 
 _BACKWARD = PerThread(torch.autograd, "backward")
@@ -114,43 +127,49 @@ def alone() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def eager() -> Iterator[None]:
+def eager() -> AbstractContextManager[Any]:
     """In here compiled code runs uncompiled."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     if frames is None:  # nothing is compiled in this process
-        yield
-    elif hasattr(frames, "_use_eager_on_nested_compile"):
-        with frames._use_eager_on_nested_compile():
-            yield
-    else:
-        with ALONE, torch.compiler.set_stance("force_eager"):
-            yield
+        return nullcontext()
+    if hasattr(frames, "_use_eager_on_nested_compile"):
+        within: AbstractContextManager[Any] = frames._use_eager_on_nested_compile()
+        return within
+    return _eager_alone()
 
 
 @contextmanager
-def without_reentrant_checkpoints() -> Iterator[None]:
+def _eager_alone() -> Iterator[None]:
+    with ALONE, torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def without_reentrant_checkpoints() -> AbstractContextManager[None]:
     """In here activation checkpoints of the re-entrant kind, which know no partial backward pass, are passed over."""
-
-    def run(original: Callable[..., Any], function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
-
-    with _REENTRANT_CHECKPOINT.replaced_by(run):
-        yield
+    return _REENTRANT_CHECKPOINT.replaced_by(_run_only)
 
 
-@contextmanager
-def uncheckpointed(module: nn.Module) -> Iterator[None]:
+def _run_only(original: Callable[..., Any], function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    return function(*args)
+
+
+def uncheckpointed(module: nn.Module) -> AbstractContextManager[Any]:
     """In here activations of a model with recurrent layers are kept, not computed again.
 
     What is computed again in a backward pass, where no function mode is active, would be torch's own layer and not its
     twin, and the wrong tensors would be found for it.
     """
-    recurrent_layers = (nn.RNNBase, nn.RNNCellBase)
+    for child in modules_of(module):
+        if isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
+            return _uncheckpointed()
+    return nullcontext()
+
+
+@contextmanager
+def _uncheckpointed() -> Iterator[None]:
     with ExitStack() as stack:
-        if any(isinstance(child, recurrent_layers) for child in module.modules()):
-            for checkpoint in _CHECKPOINTS:
-                stack.enter_context(checkpoint.replaced_by(_no_checkpoint))
+        for checkpoint in _CHECKPOINTS:
+            stack.enter_context(checkpoint.replaced_by(_no_checkpoint))
         yield
 
 
@@ -228,14 +247,15 @@ def kept_gradients(leaves: Iterable[Tensor] = (), *, backward: bool = True) -> I
             keep(group["params"])
         original(owner, *args, **kwargs)
 
-    def put_back() -> None:
+    of_optimizers, of_modules = _ZERO_GRADS
+    try:
+        keep(leaves)
+        with (
+            _BACKWARD.replaced_by(run_backward),
+            of_optimizers.replaced_by(zero_grad),
+            of_modules.replaced_by(zero_grad),
+        ):
+            yield
+    finally:
         for t, grad in before.values():
             t.grad = grad
-
-    with ExitStack() as stack:
-        stack.callback(put_back)
-        keep(leaves)
-        stack.enter_context(_BACKWARD.replaced_by(run_backward))
-        for function in _ZERO_GRADS:
-            stack.enter_context(function.replaced_by(zero_grad))
-        yield

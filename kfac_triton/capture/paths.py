@@ -6,9 +6,9 @@ through one of them. An inner backward pass (forces, `torch.func`, a gradient pe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,32 @@ from torch.autograd.graph import Node, get_gradient_edge
 DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward, torch._make_dual})
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Call:
-    """The nodes of one recorded call: `ends` are those of its inputs, where the graph goes on, and `weights` the
-    parameters whose use inside it is recorded."""
+class Call(NamedTuple):
+    """The nodes of one recorded call: of what it returned, and in `ends` of its inputs, where the graph goes on.
 
-    ends: frozenset[Node]
-    weights: frozenset[int]
+    `weights`: the ids of the parameters whose use inside it is recorded.
+    """
+
+    nodes: tuple[Node, ...]
+    ends: Collection[Node | None]
+    weights: Collection[int]
 
 
-def nodes_of(tensors: Iterable[Tensor]) -> frozenset[Node]:
+# A Call from a tuple of its three fields without a Python call, which every layer would make.
+call_from: Callable[[tuple[tuple[Node, ...], Collection[Node | None], Collection[int]]], Call] = partial(
+    tuple.__new__, Call
+)
+
+
+def nodes_of(tensors: Iterable[Tensor]) -> tuple[Node, ...]:
     """The nodes that made these tensors, and the memory that views among them lie in."""
-    found = set()
+    found: dict[Node, None] = {}
     for t in tensors:
         if t.requires_grad:
-            base = t._base if t._is_view() else None
-            found |= {one.grad_fn for one in (t, base) if one is not None and one.grad_fn is not None}
-    return frozenset(found)
+            for one in (t, t._base if t._is_view() else None):
+                if one is not None and one.grad_fn is not None:
+                    found[one.grad_fn] = None
+    return tuple(found)
 
 
 class UnseenUses:
@@ -48,18 +57,18 @@ class UnseenUses:
         self._found: dict[nn.Parameter, str] = {}
 
     def of(
-        self, root: Node | None, parameters: Collection[nn.Parameter], calls: Mapping[Node, Call], derivatives: int
+        self, root: Node | None, parameters: Collection[nn.Parameter], calls: Sequence[Call], derivatives: int
     ) -> dict[nn.Parameter, str]:
         """`root`: the node of the outputs. `derivatives`: how many were taken in the pass that made them."""
         if root is None:
             return {}
-        nodes = root._sequence_nr() - next(iter(calls), root)._sequence_nr()
+        nodes = root._sequence_nr() - (calls[0].nodes[0] if calls else root)._sequence_nr()
         graph = (nodes, len(calls), derivatives, tuple(map(id, parameters)))
         if graph != self._graph or not calls:
             self._graph = graph
             self._found = {
                 p: "a derivative" if derivatives else f"{node}, which no function call shows"
-                for p, node in unrecorded(root, parameters, calls).items()
+                for p, node in unrecorded(root, parameters, {n: call for call in calls for n in call.nodes}).items()
             }
         return self._found
 

@@ -17,7 +17,7 @@ class Received:
         self._structure: TreeSpec | None = None
         self._leaves: list[Any] = list(args)
         self._objects: list[Any] = []
-        if kwargs or not all(type(a) is Tensor for a in args):
+        if kwargs or not _plain(args):
             self._leaves, self._structure = tree_flatten((args, kwargs))
             self._objects = [x for x in self._leaves if not isinstance(x, Tensor) and hasattr(x, "__dict__")]
         self._versions, self._contents = _versions(self._leaves), _contents(self._objects)
@@ -42,8 +42,16 @@ class Received:
 
 def fresh(arguments: Arguments) -> Arguments:
     """Arguments in containers of their own, with copies of the tensors, which require gradients as these do."""
+    args, kwargs = arguments
+    if not kwargs and _plain(args):
+        return tuple([_fresh(a) for a in args]), {}
     copied: Arguments = tree_map(_fresh, arguments)
     return copied
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether they are tensors, of no other class."""
+    return {Tensor}.issuperset(map(type, args))
 
 
 def _fresh(leaf: Any) -> Any:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.capture.copies import PLAIN, Copies
+from kfac_triton.capture.copies import PLAIN, Copies, plain
 from kfac_triton.capture.owners import INTERNAL, Owner, restore
 from kfac_triton.capture.randomness import FirstDraw, OtherGenerators, TorchDraws
 from kfac_triton.capture.received import Arguments, Received, fresh
@@ -44,10 +44,11 @@ def replayed(state: ModuleState, opening: Opening | None, seed: int | None) -> I
     state.refresh()
     replay = Replay(state, opening, seed)
     try:
-        with ExitStack() as stack:
-            if replay.first_draw is not None:
-                stack.enter_context(replay.first_draw)
+        if replay.first_draw is None:
             yield replay
+        else:
+            with replay.first_draw:
+                yield replay
         replay.learn()
     finally:
         rewritten = replay.put_back()
@@ -70,14 +71,16 @@ class Replay:
         self._before: list[tuple[Owner, dict[str, Any]]] = [
             (owner, dict(owner)) for owner in (*state.owners, *state.places)
         ]
+        self._keys, self._names = state.keys, state.names
+        self._started = False
         self._objects: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # id(vars(one)) -> (vars(one), a copy)
         self._copies = Copies(state.storages, SMALL)
-        self._received, self.wrote_input = Received((), {}, copied=False), False
-        self._scripted = [
-            (b, b.clone()) for m in state.modules if not isinstance(m._buffers, dict) for b in m.buffers(recurse=False)
-        ]
+        self._received: Received | None = None
+        self.wrote_input = False
+        self._scripted = [(b, b.clone()) for m in state.scripted for b in m.buffers(recurse=False)]
         self._untrained = [(one, one.parameter._version) for one in state.untrained if not state.changes(*one[:2])]
-        self._requires_grad = [(p, p.requires_grad) for p in state.root.parameters()]
+        elsewhere = [p for m in state.scripted for p in m.parameters(recurse=False)]
+        self._requires_grad = [(p, p.requires_grad) for p in (*state.parameters, *elsewhere)]
         self._weights = self._trained_weights()
         self._others, self._others_set = OtherGenerators.now(), False
         perhaps = opening is None or opening.drew is not False
@@ -89,7 +92,9 @@ class Replay:
 
         A pass that failed, or that is one of several, starts again.
         """
-        self._restore_attributes()
+        if self._started:
+            self._restore_attributes()
+        self._started = True
         self._place_copies()
         if self._opening is not None:
             self._place_opening(self._opening)
@@ -101,10 +106,11 @@ class Replay:
     def learn(self) -> None:
         """Notes what this pass changed and none was known to change."""
         state = self._state
-        for owner, before in self._before[: len(state.owners)]:
-            for name in (owner.keys() | before.keys()) - INTERNAL:
+        for (owner, before), keys, names in zip(self._before, self._keys, self._names, strict=False):
+            same = list(owner) == keys
+            for name in names if same else (owner.keys() | before.keys()) - INTERNAL:
                 value, now = before.get(name, MISSING), owner.get(name, MISSING)
-                if (now is value and type(value) in PLAIN) or state.changes(owner, name):
+                if (now is value and (type(value) in PLAIN or plain(value))) or state.changes(owner, name):
                     continue
                 if not self._copies.untouched(now, value, self._attributes_of):
                     state.learn(owner, name)
@@ -122,7 +128,7 @@ class Replay:
                 type(state.root).__name__,
                 ", ".join(sorted({name for _, name in state.changing()})),
             )
-        self.wrote_input = self._received.written()
+        self.wrote_input = self._received is not None and self._received.written()
         state.writes_inputs |= self.wrote_input
 
     def put_back(self) -> nn.Parameter | None:
@@ -144,7 +150,9 @@ class Replay:
 
     def _restore_attributes(self) -> None:
         for owner, before in self._before:
-            restore(owner, before)
+            owner.update(before)
+            if len(owner) != len(before):
+                restore(owner, before)
         for attributes, before in self._objects.values():
             restore(attributes, before)
 
@@ -152,9 +160,9 @@ class Replay:
         """Copies in the place of what the pass could write into."""
         state = self._state
         self._copies = Copies(state.storages, SMALL)
-        for owner, before in self._before[: len(state.owners)]:
-            for name in before.keys() - INTERNAL:
-                if type(before[name]) not in PLAIN:
+        for (owner, before), names in zip(self._before, self._names, strict=False):
+            for name in names:
+                if type(before[name]) not in PLAIN and not plain(before[name]):
                     owner[name] = self._copies.of(before[name])
         self._place_objects(self._copies, self._copies)
         changed = Copies(state.storages, math.inf)
@@ -191,7 +199,8 @@ class Replay:
         weights = []
         for p in state.trained:
             size += 0 if state.verified else p.nbytes
-            copied = p in state.written or (not state.verified and size <= MOST_TRAINED)
+            known = bool(state.written) and p in state.written  # torch hashes a tensor in Python
+            copied = known or (not state.verified and size <= MOST_TRAINED)
             weights.append((p, p._version, p.detach().clone() if copied else None))
         return weights
 

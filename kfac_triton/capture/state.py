@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kfac_triton.capture.copies import Copies, storage_of
-from kfac_triton.capture.owners import INTERNAL, Owner, dictionaries, running_statistics, slots_of
+from kfac_triton.capture.owners import INTERNAL, Owner, Tree
 from kfac_triton.capture.randomness import OtherGenerators, TorchGenerators
 from kfac_triton.capture.received import Arguments, Received
 
@@ -62,7 +62,8 @@ class _FirstOpening(Opening):
 class ModuleState:
     """Saves where the user's passes of `root` begin, and knows what they change.
 
-    `modules`, `trained` parameters and `untrained` ones with their places are those of the last `refresh`.
+    `modules`, `trained` parameters and `untrained` ones with their places are those of the last `refresh`; so are the
+    `keys` of every owner, and its `names`, those of them that not every module has.
     `written`: trained parameters that a forward pass writes to.
     """
 
@@ -75,27 +76,36 @@ class ModuleState:
         self.verified = False  # whether a pass of K-FAC's own has shown that it writes to no other trained parameter
         self._known = False
         self._changing: dict[tuple[int, str], tuple[Owner, str]] = {}
-        self._slots: dict[nn.Module, list[Owner]] = {}
         self._warned: set[str] = set()
+        self._tree = Tree(root)
+        self.keys: list[list[str]] = []
         self.refresh()
 
     def refresh(self) -> None:
         """Looks at which modules and parameters there are."""
-        self.modules = list(self.root.modules())
-        for m in self.modules:
-            if m not in self._slots:
-                self._slots[m] = list(slots_of([m]))
-        slots = [one for m in self.modules for one in self._slots[m]]
-        self.owners = [*dictionaries(self.modules), *slots]
-        self._kept_for_evaluation = running_statistics(self.modules)
-        self.places = [m._parameters for m in self.modules if isinstance(m._parameters, dict) and m._parameters]
-        placed = [Placed(place, name, p) for place in self.places for name, p in place.items() if p is not None]
-        self.trained = [one.parameter for one in placed if one.parameter.requires_grad]
-        self.untrained = [one for one in placed if not one.parameter.requires_grad and not one.parameter.is_inference()]
-        self.storages = {storage_of(one.parameter) for one in placed} - {None}
-        self.device = placed[0].parameter.device if placed else torch.device("cpu")
-        known = {id(owner) for owner in (*self.owners, *self.places)}
-        self._changing = {key: where for key, where in self._changing.items() if key[0] in known}
+        tree = self._tree
+        tree.refresh()
+        self.modules, self.owners, self.scripted = tree.modules, tree.owners, tree.scripted
+        keys = [list(owner) for owner in self.owners]
+        if keys != self.keys:
+            self.keys, self.names = keys, [[name for name in own if name not in INTERNAL] for own in keys]
+        self._kept_for_evaluation = tree.running_statistics()
+        self.places: list[Owner] = [table for table in tree.parameters if table]
+        placed = [(table, name, p) for table in self.places for name, p in table.items() if p is not None]
+        self.parameters = [p for _, _, p in placed]
+        self.trained = [p for p in self.parameters if p.requires_grad]
+        self.untrained = [Placed(*one) for one in placed if not one[2].requires_grad and not one[2].is_inference()]
+        self.device = self.parameters[0].device if placed else torch.device("cpu")
+        self._storages: set[int | None] | None = None
+        if self._changing:
+            known = {id(owner) for owner in (*self.owners, *self.places)}
+            self._changing = {key: where for key, where in self._changing.items() if key[0] in known}
+
+    def storages(self) -> set[int | None]:
+        """The memory of the parameters, which few passes ask for."""
+        if self._storages is None:
+            self._storages = {storage_of(p) for p in self.parameters} - {None}
+        return self._storages
 
     def opening(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Opening:
         """A forward pass, or a closure that runs some, begins."""

@@ -1,4 +1,4 @@
-"""Sizes and versions of input tensors of any layout: dense, sparse, nested."""
+"""Tensors of any layout, dense, sparse or nested: in containers, their sizes and versions."""
 
 from __future__ import annotations
 
@@ -32,3 +32,18 @@ def nbytes(t: Tensor) -> int:
 def version(t: Tensor) -> int | None:
     """How often t was written to in place; None where torch does not count, under inference mode."""
     return None if t.is_inference() else t._version
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in tuples, lists and dictionaries, in their order."""
+    found: list[Tensor] = []
+    ahead = [value]
+    while ahead:
+        one = ahead.pop()
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, (tuple, list)):
+            ahead.extend(reversed(one))
+        elif isinstance(one, dict):
+            ahead.extend(reversed([*one.values()]))
+    return found
