@@ -201,6 +201,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "twice": lambda linear, W, b, x: linear(torch.tanh(linear(x, W, b)), W, None),
     "of a view of another": lambda linear, W, b, x: linear(linear(x, W, b).flatten(0, 1).t().t(), W, b),
     "written in place behind": lambda linear, W, b, x: linear(linear(x, W, b).tanh_(), W, b).mul_(2),
+    "a vector": lambda linear, W, b, x: linear(x, b, None),
     "the transpose": lambda linear, W, b, x: linear(x, W.t(), None),
     "some rows of the weight": lambda linear, W, b, x: linear(x, W[:3], b[:3]),
     "a weight made of it": lambda linear, W, b, x: linear(x, W.double() * 2, b),
@@ -222,7 +223,8 @@ def everything_of(recorder: UseRecorder, z: Tensor) -> list[Any]:
         (one.use.weight[1:], one.use.bias and one.use.bias[1:], one.shape, one.use.batch_axis, one.use.examples)
         for one in uses
     ]
-    rows = [one.use.a() for one in uses] + [one.g(dy) for one, dy in zip(uses, dys, strict=True) if dy is not None]
+    reached = [(one, dy) for one, dy in zip(uses, dys, strict=True) if dy is not None]
+    rows = [rows for one, dy in reached for rows in (one.use.a(), one.g(dy))]
     unsupported = [(tuple(p.shape), why) for p, why in recorder.uses.unsupported.items()]
     ends = [(len(set(call.nodes)), len({*call.ends} - {None})) for call in recorder._calls]
     return [described, rows, unsupported, ends]
@@ -240,6 +242,19 @@ def test_a_plain_linear_call_gives_what_the_general_way_gives(name, asks):
         found.append(everything_of(recorder, z))
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0)
     assert found[0][::2] == found[1][::2] and found[0][3] == found[1][3]
+
+
+def test_a_claimed_weight_is_left_to_its_block():
+    model, x = Calls(CALLS["positions"]), torch.randn(4, 3, 8, dtype=torch.float64)
+    recorder = UseRecorder(model.parameters())
+    with recorder:
+        with recorder.claimed([model.W]), recorder.claimed([model.W, model.b]):
+            model(x)
+        assert not recorded(recorder) and not recorder.uses.unsupported
+        with recorder.claimed([model.b]):
+            model(x)
+        model(x)
+    assert [one.use.bias is not None for one in recorded(recorder)] == [True, True]
 
 
 def test_a_kept_input_holds_no_graph():

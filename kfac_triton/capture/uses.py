@@ -73,7 +73,7 @@ class UseRecorder(TorchFunctionMode):
         try:
             yield
         finally:
-            self._claimed.subtract(map(id, parameters))
+            self._claimed -= Counter(map(id, parameters))
 
     def calls(self) -> int:
         """How many calls with uses were recorded so far."""
