@@ -319,6 +319,32 @@ def test_an_exchanged_layer_is_left_as_it_was_too(place):
     assert layer.scale == 1 and not hasattr(layer, "seen")
 
 
+def test_a_pass_that_starts_again_begins_where_it_began():
+    layer, x = Notes(8, 8), torch.randn(4, 8)
+    inputs = Inputs(layer, (x,), {})
+    with bare_pass(ModuleState(layer), inputs, 0) as replay:
+        for _ in range(2):
+            recorded_forward(replay, inputs, layer.parameters())
+            assert layer.seen == 1
+    assert not hasattr(layer, "seen")
+
+
+def test_a_list_in_a_tuple_is_left_as_it_was():
+    """A tuple of numbers alone needs no copy."""
+
+    class Writes(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.held[1].append(len(x))
+            return super().forward(x)
+
+    layer, x = Writes(8, 8), torch.randn(4, 8)
+    layer.numbers, layer.held = (1, 2), (0, [])
+    with bare_pass(ModuleState(layer), Inputs(layer, (x,), {}), 0) as replay:
+        recorded_forward(replay, Inputs(layer, (x,), {}), layer.parameters())
+        assert layer.held == (0, [4])
+    assert layer.held == (0, [])
+
+
 def test_a_function_that_the_user_replaces_between_two_passes_is_called():
     owner = SimpleNamespace(f=lambda: "first")
     place = PerThread(owner, "f")

@@ -175,8 +175,6 @@ def _alike(
             pairs = zip(now.values(), then.values(), strict=True)
             return list(now) == list(then) and all(_alike(a, b, same, attributes_of, visited) for a, b in pairs)
         if isinstance(now, (list, tuple, deque)) and len(now) <= MOST_ITEMS:
-            if PLAIN.issuperset(map(type, now)):
-                return [*map(type, now)] == [*map(type, then)] and bool(now == then)
             pairs = zip(now, then, strict=True)
             return all(_alike(a, b, same, attributes_of, visited) for a, b in pairs)
         if now is then and ordinary(now):
