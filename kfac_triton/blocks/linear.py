@@ -39,6 +39,8 @@ class LinearUse(Use):
         plain = self.x.dim() == 2 and not self.columns and not self.batch_axis
         return self.x if plain else self._rows(self.x)
 
+    a_unwritten = a
+
     def g(self, dy: Tensor) -> Tensor:
         plain = dy.dim() == 2 and not self.columns and not self.batch_axis
         rows = dy if plain else self._rows(dy)

@@ -2,10 +2,10 @@
 known weight.
 
 `inputs`: what the user's forward passes received. `state`: where they began. `ledger`: which of them made the present
-gradients. `uses`: which functions use which weights, with `recorded`, what they note; `custom`, the layers with blocks of
-the user's own; `unrolled`, layers made of functions; `paths`, the uses that no function call shows. `taps`: x and dL/dy in
-the user's own passes. `passes`, `replay`: the surroundings of K-FAC's own pass. `patches`: what it changes in torch, per
-thread. `tensors`: tensors of any layout.
+gradients. `uses`: which functions use which weights; `recorded`: what it notes of a use; `custom`: uses by layers with
+blocks of the user's own; `unrolled`: layers as the functions they are made of; `paths`: the uses that no function call
+shows. `taps`: x and dL/dy in the user's own passes. `passes`, `replay`: the surroundings of K-FAC's own pass.
+`patches`: what it changes in torch, per thread. `tensors`: tensors of any layout.
 """
 
 from kfac_triton.capture.calls import Call, Listener
