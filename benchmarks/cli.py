@@ -160,9 +160,9 @@ def report(folder: Annotated[Path, typer.Argument(help="The --out folder of a ru
 @app.command()
 def tasks() -> None:
     """List the built-in tasks."""
-    from kfac_triton.tuning.problems import BUILT_IN, about
+    from kfac_triton.tuning.problems import LISTED, about
 
-    for name in BUILT_IN:
+    for name in LISTED:
         typer.echo(f"{name:20}{about(name)}")
 
 
