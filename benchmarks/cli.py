@@ -160,9 +160,9 @@ def report(folder: Annotated[Path, typer.Argument(help="The --out folder of a ru
 @app.command()
 def tasks() -> None:
     """List the built-in tasks."""
-    from kfac_triton.tuning.problems import BUILT_IN, about
+    from kfac_triton.tuning.problems import LISTED, about
 
-    for name in BUILT_IN:
+    for name in LISTED:
         typer.echo(f"{name:20}{about(name)}")
 
 
@@ -176,20 +176,29 @@ def step(
     inverse_interval: Annotated[int, typer.Option(help="Steps between inverses.")] = 20,
     factor_fraction: Annotated[float, typer.Option(help="Share of the batch for the factors.")] = 0.125,
     batch: Annotated[int | None, typer.Option(help="Batch size; default: the task's own.")] = None,
-    chunks: Annotated[int, typer.Option(help="Timed chunks of each optimizer.")] = 10,
+    chunks: Annotated[int, typer.Option(help="Timed chunks of each optimizer; 0: counts alone.")] = 10,
     chunk: Annotated[int, typer.Option(help="Steps of a chunk, rounded up to whole inverse intervals.")] = 20,
-    compile: Annotated[bool, typer.Option(help="Compile K-FAC's step.")] = True,
+    compile: Annotated[
+        bool, typer.Option(help="Compile K-FAC's step for the times; counts are of eager steps.")
+    ] = True,
+    counts: Annotated[bool, typer.Option("--counts", help="Count each stage of a step by itself.")] = False,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Time SOAP, ASDL and kfac-jax in turn with ours, where installed.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="File for all of it.")] = None,
     data: Data = None,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
-    """Compare the cost of one step, interleaved in one process."""
+    """Compare what a step costs: its time, interleaved in one process, its operators, Python calls, launches, waits."""
     import torch
 
-    from kfac_triton.benchmarks.step import StepOptions, check, compare_steps, print_costs
+    from kfac_triton.benchmarks import step_report
+    from kfac_triton.benchmarks.step import StepOptions, check
     from kfac_triton.tuning import limits
     from kfac_triton.tuning.environment import find_device
     from kfac_triton.tuning.problems import find_task
+    from kfac_triton.tuning.store import check_file
 
     limits.whole("--threads", threads, limits.THREADS)
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -197,7 +206,12 @@ def step(
     names = tuple(name.strip() for name in optimizers.split(","))
     options = StepOptions(names, factor_interval, inverse_interval, factor_fraction, batch, chunks, chunk, compile)
     check(options)
-    print_costs(task, options, compare_steps(find_task(task, data, found), options, found))
+    if json is not None:
+        check_file("--json", json, lambda content: content.startswith(step_report.BEGINS.encode()))
+    measured = step_report.measure(find_task(task, data, found), options, found, rivals)
+    step_report.print_measured(task, options, measured, counts)
+    if json is not None:
+        step_report.write(json, task, options, measured, found)
 
 
 @app.command()

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from kfac_triton.tuning import limits
 from kfac_triton.tuning.baselines import find_entrant
@@ -26,11 +25,12 @@ from kfac_triton.tuning.task import Task
 from kfac_triton.tuning.trainer import endless, train_step
 
 KEPT_BATCHES = 16
+LR, MOMENTUM, DAMPING, KL_CLIP = 1e-3, 0.9, 1.0, 1e-2  # of every K-FAC here: steps that stay small
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """`chunk` is at least the steps of a chunk; it is rounded up to whole inverse intervals."""
+    """`chunk` is at least the steps of a chunk; it is rounded up to whole inverse intervals. No `chunks`: no times."""
 
     optimizers: tuple[str, ...] = ("sgd", "adamw", "kfac")
     factor_interval: int = 1
@@ -58,88 +58,80 @@ class StepCost:
     first_seconds: float
 
 
+@dataclass
 class Lane:
-    """One optimizer with a model of its own and its place in the batches."""
+    """An optimizer under the clock: `step` takes its next step, `finish` waits until the device has taken all."""
 
-    def __init__(self, task: Task, name: str, options: StepOptions, batches: list[Any], device: torch.device) -> None:
-        torch.manual_seed(0)
-        self.task, self.name, self.device = task, name, device
-        self.model: nn.Module = task.model().to(device)
-        self.optimizer = find_entrant(name).build(self.model, task, _hyper(name, options), options.compile)
-        self.batches = _cycle(batches)
-        self.times: list[float] = []
-        self.first_seconds = self.chunk(options.steps)
+    name: str
+    step: Callable[[], Any]
+    finish: Callable[[], Any]
+    first_seconds: float = 0.0
+    times: list[float] = field(default_factory=list)
+
+    def warm_up(self, steps: int) -> None:
+        """A first chunk, unless there was one: compilation, libraries and memory."""
+        if not self.first_seconds:
+            self.first_seconds = self.chunk(steps)
 
     def chunk(self, steps: int) -> float:
         """Seconds of `steps` steps."""
-        self._synchronise()
+        self.finish()
         start = time.perf_counter()
         for _ in range(steps):
-            train_step(self.task, self.model, self.optimizer, self.batches, self.device)
-        self._synchronise()
+            self.step()
+        self.finish()
         return time.perf_counter() - start
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def check(options: StepOptions) -> None:
     """Raises: Mistake: an unknown optimizer, or a number out of its range."""
     for name in options.optimizers:
         find_entrant(name)
-    for name in ("factor_interval", "inverse_interval", "batch", "chunks", "chunk"):
+    for name in ("factor_interval", "inverse_interval", "batch", "chunk"):
         limits.whole(f"--{name.replace('_', '-')}", getattr(options, name), limits.STEPS)
+    limits.whole("--chunks", options.chunks, limits.STEPS, least=0)
     if not 0 < options.factor_fraction <= 1:
         raise Mistake(f"--factor-fraction {options.factor_fraction:g}: above 0, at most 1")
 
 
 def compare_steps(task: Task, options: StepOptions, device: torch.device) -> list[StepCost]:
     """The cost of each optimizer's step, the first one's being the unit."""
+    batches = kept_batches(task, options)
+    return interleave([lane(task, name, options, batches, device) for name in options.optimizers], options)
+
+
+def kept_batches(task: Task, options: StepOptions) -> list[Any]:
+    """The batches that every optimizer sees in turn."""
+    return resized(list(islice(endless(task, 0), KEPT_BATCHES)), options.batch)
+
+
+def lane(task: Task, name: str, options: StepOptions, batches: list[Any], device: torch.device) -> Lane:
+    """One of our optimizers with a model of its own and its place in the batches."""
+    torch.manual_seed(0)
+    model = task.model().to(device)
+    optimizer = find_entrant(name).build(model, task, hyper_of(name, options), options.compile)
+    stream = cycle(batches)
+    return Lane(name, lambda: train_step(task, model, optimizer, stream, device), lambda: synchronise(device))
+
+
+def interleave(lanes: Sequence[Lane], options: StepOptions) -> list[StepCost]:
+    """Times them in turn, each after a first chunk."""
     torch.set_flush_denormal(True)
-    batches = resized(list(islice(endless(task, 0), KEPT_BATCHES)), options.batch)
-    lanes = [Lane(task, name, options, batches, device) for name in options.optimizers]
+    for one in lanes:
+        one.warm_up(options.steps)
     for _ in range(options.chunks):
-        for lane in lanes:
-            lane.times.append(1e3 * lane.chunk(options.steps) / options.steps)
+        for one in lanes:
+            one.times.append(1e3 * one.chunk(options.steps) / options.steps)
     unit = median(lanes[0].times)
     return [
-        StepCost(
-            lane.name,
-            median(lane.times),
-            min(lane.times),
-            max(lane.times),
-            median(lane.times) / unit,
-            lane.first_seconds,
-        )
-        for lane in lanes
+        StepCost(one.name, mid, min(one.times), max(one.times), mid / unit, one.first_seconds)
+        for one, mid in ((one, median(one.times)) for one in lanes)
     ]
 
 
-def print_costs(task: str, options: StepOptions, costs: list[StepCost]) -> None:
-    """A table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    batch = options.batch or "the task's own"
-    table = Table(
-        "optimizer",
-        "ms a step, median",
-        "lowest to highest chunk",
-        f"x {costs[0].optimizer}",
-        "first chunk, s",
-        title=f"{task}, batch {batch}; factors every {options.factor_interval} from {options.factor_fraction:g} of it, "
-        f"inverses every {options.inverse_interval}; {options.chunks} chunks of {options.steps} steps",
-    )
-    for cost in costs:
-        table.add_row(
-            cost.optimizer,
-            f"{cost.median_ms:.2f}",
-            f"{cost.low_ms:.2f} to {cost.high_ms:.2f}",
-            f"{cost.ratio:.2f}",
-            f"{cost.first_seconds:.1f}",
-        )
-    Console(markup=False, emoji=False).print(table)
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def resized(batches: list[Any], size: int | None) -> list[Any]:
@@ -153,13 +145,9 @@ def resized(batches: list[Any], size: int | None) -> list[Any]:
     return [(inputs[i * size : (i + 1) * size], targets[i * size : (i + 1) * size]) for i in range(count)]
 
 
-def _hyper(name: str, options: StepOptions) -> dict[str, Any]:
+def hyper_of(name: str, options: StepOptions) -> dict[str, Any]:
+    """What an optimizer is built from; `options` set the intervals of "kfac" alone, and "soap" works as it comes."""
     if name in ("kfac", "kfac-default"):
         intervals = {one: getattr(options, one) for one in ("factor_interval", "inverse_interval", "factor_fraction")}
-        return {"lr": 1e-3, "momentum": 0.9, "damping": 1.0, "kl_clip": 1e-2, **intervals}
+        return {"lr": LR, "momentum": MOMENTUM, "damping": DAMPING, "kl_clip": KL_CLIP, **intervals}
     return {**SPACES[name].first, "lr": 1e-4} if name in SPACES else {}
-
-
-def _cycle(batches: list[Any]) -> Iterator[tuple[Any, Any]]:
-    while True:
-        yield from batches

@@ -141,6 +141,8 @@ def test_the_built_in_tasks_are_listed(capfd: pytest.CaptureFixture[str]) -> Non
         "char-gpt",
         "adding",
         "digits-vit",
+        "small-autoencoder",
+        "chain-24x16",
     ]
     assert "784-400-200-100-50-25-6" in listed and "784-1000-500-250-30" in listed
 

@@ -270,9 +270,9 @@ def _check_html(html: Path) -> None:
 def tasks() -> None:
     """List the built-in tasks."""
     from kfac_triton.tuning import tables
-    from kfac_triton.tuning.problems import BUILT_IN, about
+    from kfac_triton.tuning.problems import LISTED, about
 
-    tables.print_pairs([(name, about(name)) for name in BUILT_IN])
+    tables.print_pairs([(name, about(name)) for name in LISTED])
 
 
 @app.command()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -35,6 +34,7 @@ from kfac_triton.tuning.sets import (
     squared_error,
     summed_cross_entropy,
 )
+from kfac_triton.tuning.step_tasks import ABOUT, step_task, tanh_chain
 from kfac_triton.tuning.task import Task, load_user_task
 
 CURVES_WIDTHS = (784, 400, 200, 100, 50, 25, 6)
@@ -56,14 +56,17 @@ def find_task(spec: str, data: Path | None = None, device: torch.device | str = 
         return BUILT_IN[spec](data, torch.device(device))
     if ":" in spec:
         return load_user_task(spec)
-    raise Mistake(f"unknown task {spec!r}: built in are {', '.join(BUILT_IN)}; your own is path/to/file.py:factory")
+    chain = step_task(spec)
+    if chain is not None:
+        return chain(torch.device(device))
+    raise Mistake(f"unknown task {spec!r}: built in are {', '.join(LISTED)}; your own is path/to/file.py:factory")
 
 
 def digits(data: Path | None, device: torch.device) -> Task:
     """Classifier 64-128-64-10 with tanh units on scikit-learn's digits, batch 128."""
     images = on_device(load_digits(), device)
     return Task(
-        model=lambda: classifier(DIGITS_WIDTHS),
+        model=lambda: tanh_chain(DIGITS_WIDTHS),
         batches=shuffled(images.train, images.train_labels, 128),
         loss=F.cross_entropy,
         likelihood="categorical",
@@ -161,10 +164,13 @@ BUILT_IN: dict[str, Callable[[Path | None, torch.device], Task]] = {
     "fashion-cnn": fashion_cnn,
     **NETWORKS,
 }
+LISTED = (*BUILT_IN, *ABOUT)
 
 
 def about(name: str) -> str:
     """A built-in task in a line."""
+    if name in ABOUT:
+        return ABOUT[name]
     return AUTOENCODERS[name].about if name in AUTOENCODERS else (BUILT_IN[name].__doc__ or "").strip()
 
 
@@ -179,14 +185,6 @@ def autoencoder(widths: tuple[int, ...]) -> nn.Sequential:
         if i not in (code, len(mirrored) - 2):
             layers.append(nn.Sigmoid())
     return nn.Sequential(*layers)
-
-
-def classifier(widths: tuple[int, ...]) -> nn.Sequential:
-    """Linear layers `widths` with tanh between them; the last one gives logits."""
-    layers: list[nn.Module] = []
-    for d_in, d_out in pairwise(widths):
-        layers += [nn.Linear(d_in, d_out), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
 
 
 def convolutional() -> nn.Sequential:

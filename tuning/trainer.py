@@ -150,6 +150,11 @@ def train_step(
 ) -> Tensor:
     """One step on the next batch; returns its loss before the step."""
     inputs, targets = (moved(part, device) for part in next(batches))
+    return step_on(task, model, optimizer, inputs, targets)
+
+
+def step_on(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any, targets: Any) -> Tensor:
+    """As `train_step`, on a batch that is on the model's device."""
 
     def closure() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
