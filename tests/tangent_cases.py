@@ -1,4 +1,5 @@
-"""Calls of every torch function whose tangents have a rule, with the shapes of their arguments, all of which move."""
+"""Calls of every torch function whose tangents have a rule, with the shapes of their arguments, all of which move; and
+the tangents of networks."""
 
 from __future__ import annotations
 
@@ -9,8 +10,12 @@ from typing import Any
 import dense
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_triton.capture.tangents import moving
 
 F64 = torch.float64
+K = 2  # directions of networks
 
 
 def case(function: Callable[..., Any], *shapes: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -357,3 +362,13 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         lambda x: x * (x > 0) + x.argmax() + torch.zeros_like(x) + x.floor() + x.sign() * x + x.detach() * x, M
     ),
 }
+
+
+def directions(model: nn.Module, k: int = K) -> list[Tensor]:
+    return [dense.randn(k, *p.shape, seed=i).to(p.dtype) for i, p in enumerate(model.parameters())]
+
+
+def by_rules(model: nn.Module, x: Tensor, ds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), moving(list(model.parameters()), ds) as tangents:
+        z = model(x)
+        return z.detach(), tangents.of(z)

@@ -91,9 +91,10 @@ class Tangents(TorchFunctionMode):
         try:
             count, this = 0, self.token
             for a in args:
-                if getattr(a, PASS, None) is this:
+                token = getattr(a, PASS, None)
+                if token is this:
                     count += 1
-                elif a.__class__ in CONTAINERS or getattr(a, "requires_grad", False):
+                elif token is not None or a.__class__ in CONTAINERS or getattr(a, "requires_grad", False):
                     count += self._count([a])
             named = [name for name, a in kwargs.items() if self._count([a])] if kwargs else None
             if not count and not named:

@@ -77,6 +77,8 @@ def _batch_norm(
     cudnn_enabled: bool,
 ) -> Moved:  # fmt: skip
     shape, dx = _channels(x), tangents(x)
+    if tangents(running_mean) is not None or tangents(running_var) is not None:
+        raise NotImplementedError("running statistics move")
     if training:
         xhat, dx = _normalised(x, dx, tuple(d - x.dim() for d in range(x.dim()) if d != 1), eps)
     else:
