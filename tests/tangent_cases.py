@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kfac_triton.capture.tangents import moving
 
+A = torch.ops.aten
 F64 = torch.float64
 K = 2  # directions of networks
 
@@ -124,6 +125,8 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "bmm": case(torch.bmm, T3, (2, 4, 5)),
     "addmm": case(lambda b, x, y: torch.addmm(b, x, y, beta=0.5, alpha=2.0), (3,), M, (5, 3)),
     "addmm, all but the sum fixed": case(lambda b: torch.addmm(b, dense.randn(4, 5), dense.randn(5, 3)), (3,)),
+    "addmm of vectors": case(lambda b, x, y: torch.addmm(b, x, y), (3,), M, (5, 3)),
+    "addmm, two fixed": case(lambda x: torch.addmm(dense.randn(3), x, dense.randn(5, 3)), M),
     "addmv": case(torch.addmv, (4,), M, V),
     "baddbmm": case(torch.baddbmm, (1, 5), T3, (2, 4, 5)),
     "addbmm addr": case(lambda a, x, y: torch.addbmm(a, x, y), (3, 5), T3, (2, 4, 5)),
@@ -356,6 +359,74 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "attention with a mask": case(
         lambda q: F.scaled_dot_product_attention(q, q, q, torch.tensor([[True] * 3, [False] * 3, [True, False, True]])),
         T3,
+    ),
+    # by the names that exported programs call
+    "aten linear": case(
+        lambda x, w, b, v: [
+            A.linear.default(x, w, b),
+            A.addmm.default(b, x, A.t.default(w)),
+            A.mm.default(x, A.permute.default(w, [1, 0])),
+            A.matmul.default(x, v),
+        ],
+        M,
+        (3, 5),
+        (3,),
+        V,
+    ),
+    "aten elementwise": case(
+        lambda x, y: [
+            *(getattr(A, n).default(x) for n in ("tanh", "relu", "sigmoid", "gelu", "silu", "neg", "exp")),
+            *(getattr(A, n).Tensor(x, y) for n in ("add", "sub", "mul", "div")),
+            A.pow.Tensor_Scalar(x, 3),
+            A.gelu.default(x, approximate="tanh"),
+            A.add.Tensor(x, y, alpha=2),
+        ],
+        M,
+        V,
+    ),
+    "aten shapes": case(
+        lambda x, y: [
+            A.view.default(x, [4, 6]),
+            A.reshape.default(x, [-1]),
+            A.unsqueeze.default(x, 1),
+            A.expand.default(x, [2, 2, 3, 4]),
+            A.cat.default([x, y], 1),
+            A.stack.default([x, y], -1),
+            A.clone.default(x),
+            A.contiguous.default(x),
+            A.transpose.int(x, 0, 2),
+            A.flatten.using_ints(x, 1),
+            *A.chunk.default(x, 2, 1),
+            *A.split.Tensor(x, 2, 2),
+        ],
+        T3,
+        T3,
+    ),
+    "aten norms": case(
+        lambda x, w: [
+            A.layer_norm.default(x, [4], w, w, 0.1),
+            A.group_norm.default(x.transpose(1, 2), 2, w, w, 0.1),
+            A.batch_norm.default(x.transpose(1, 2), w, w, None, None, True, 0.1, 0.1, False),
+            A.softmax.int(x, 1),
+            A.log_softmax.int(x, -1),
+            A.dropout.default(x, 0.5, False),
+            A.bmm.default(x, x.mT),
+            A.scaled_dot_product_attention.default(x, x, x, None, 0.0, True),
+        ],
+        T3,
+        (4,),
+    ),
+    "aten convolutions": case(
+        lambda x, w, b, e: [
+            A.conv2d.default(x, w, b, [1, 1], [1, 1]),
+            A.conv1d.default(x.flatten(2), w[:, :, 0], b),
+            A.conv3d.default(x[:, :, None], w[:, :, None], b),
+            A.embedding.default(e, PLACES),
+        ],
+        IMAGE,
+        (3, 4, 3, 3),
+        (3,),
+        (4, 2),
     ),
     # without a derivative
     "constants": case(

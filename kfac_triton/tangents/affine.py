@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_triton.tangents.rule import KEY, MANY, PARAMETERS, Function, Moved, Rule, aligned, functions, tangents
+from kfac_triton.tangents.rule import KEY, MANY, PARAMETERS, Function, Moved, Rule, aligned, functions, tangents, total
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Moved:
@@ -64,17 +64,18 @@ def _matmul(input: Tensor, other: Tensor) -> Moved:
     return z, dz.reshape(-1, *z.shape)
 
 
-def _sum_of_product(input: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Moved:
+def _sum_of_product(function: Function) -> Callable[..., Moved]:
     """beta input + alpha left @ right, as in addmm, addmv and baddbmm."""
-    z, dz = _matmul(left, right) if tangents(left) is not None or tangents(right) is not None else (left @ right, None)
-    z = torch.add(input * beta if beta != 1 else input, z, alpha=alpha)
-    dz = None if dz is None else dz * alpha
-    d = tangents(input)
-    if d is not None:
-        d = aligned(d, z.dim()) * beta
-        dz = d if dz is None else dz + d
-    assert dz is not None
-    return z, dz.expand(-1, *z.shape)
+
+    def rule(input: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Moved:
+        z = function(input, left, right, beta=beta, alpha=alpha)
+        d, dl, dr = tangents(input), tangents(left), tangents(right)
+        if left.dim() == right.dim() == 2 and input.dim() == alpha == beta == 1:  # a linear layer
+            return z, _rows(left, right, dl, None if dr is None else dr.mT, d)
+        dz = None if dl is None and dr is None else _matmul(left, right)[1] * alpha
+        return z, total(None if d is None else aligned(d, z.dim()) * beta, dz, z)
+
+    return rule
 
 
 def _convolution(function: Function, *, transposed: bool) -> Callable[..., Moved]:
@@ -121,7 +122,7 @@ def _einsum(equation: Any, operands: Any, **options: Any) -> Moved:
 def _rules() -> Iterator[tuple[Any, Rule]]:
     yield F.linear, Rule(_linear, 3, PARAMETERS)
     yield from ((f, Rule(_matmul, 2)) for f in functions("matmul", "mm", "bmm", "mv"))
-    yield from ((f, Rule(_sum_of_product, 3)) for f in functions("addmm", "addmv", "baddbmm"))
+    yield from ((f, Rule(_sum_of_product(f), 3)) for f in functions("addmm", "addmv", "baddbmm"))
     for f in functions("conv1d", "conv2d", "conv3d"):
         yield f, Rule(_convolution(f, transposed=False), 3, PARAMETERS)
     for f in functions("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):

@@ -104,7 +104,10 @@ def attention(
     return torch.matmul(weights, value)
 
 
-COMPOSED: dict[Any, Callable[..., Any]] = {F.scaled_dot_product_attention: attention}
+COMPOSED: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: attention,
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
+}
 
 BY_TORCH = (
     "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "atan2", "erfc", "erfinv", "lgamma",
