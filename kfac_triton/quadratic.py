@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 
 from kfac_triton.capture import Inputs, ModuleState, Opening, Replay, Unrolled, alone, bare_pass, uncheckpointed
+from kfac_triton.capture.tangents import moving
 from kfac_triton.fisher import counted_terms, tensor_of_outputs
 from kfac_triton.likelihoods import Likelihood
 from kfac_triton.parts import Parts, first_line
@@ -30,8 +31,10 @@ from kfac_triton.parts import Parts, first_line
 log = logging.getLogger("kfac_triton")
 
 Direction = dict[nn.Parameter, Tensor]
-Outputs = Callable[[tuple[Tensor, ...]], Tensor]
+Values = Sequence[Tensor]
+Outputs = Callable[[Values], Tensor]
 Begin = Callable[[], Outputs]  # puts the module where the pass begins; the outputs, once, as a function of parameters
+Directions = Sequence[Tensor]  # v of every direction, for each parameter (k, *p.shape)
 Products = tuple[Tensor, Tensor]  # the outputs z, and J v of every direction (k, *z)
 
 MIN_EXAMPLES = 128  # with fewer, one hard example outside the part makes a step many times too long
@@ -39,23 +42,34 @@ ADJOINT = 0.05  # of |J v|: a larger error of <u, J v>, u of unit variance, is n
 DEPENDENT = 1e-10  # a smaller eigenvalue of unit curvatures means that the directions are one
 
 
-def _all_at_once(begin: Begin, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
-    """The outputs z, and J v of every direction, in one pass."""
+def _by_rules(begin: Begin, values: Values, directions: Directions) -> Products:
+    """The outputs z, and J v of every direction, in one eager pass of the module with its own parameters, `values`.
+
+    Raises:
+        NotImplementedError: for a function without a rule.
+    """
     outputs = begin()
-    stacked = tuple(torch.stack(parts) for parts in zip(*tangents, strict=True))
+    with moving(values, directions) as tangents:
+        z = outputs(values)
+        return z.detach(), tangents.of(z)
+
+
+def _all_at_once(begin: Begin, values: Values, directions: Directions) -> Products:
+    """The same by torch's own forward mode, for all directions at once."""
+    outputs = begin()
 
     def both(*v: Tensor) -> Any:
-        return jvp(outputs, (values,), (v,))
+        return jvp(outputs, (tuple(values),), (v,))
 
     out_dims: Any = (None, 0)
-    found: Products = vmap(both, out_dims=out_dims, randomness="same")(*stacked)
+    found: Products = vmap(both, out_dims=out_dims, randomness="same")(*directions)
     return found
 
 
-def _one_by_one(begin: Begin, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
+def _one_by_one(begin: Begin, values: Values, directions: Directions) -> Products:
     """The same in a pass for each direction, free of what vmap forbids, such as writing to a buffer."""
     products = []
-    for v in tangents:
+    for v in zip(*directions, strict=True):
         outputs = begin()
         with forward_ad.dual_level():
             z = outputs(tuple(forward_ad.make_dual(*pair) for pair in zip(values, v, strict=True)))
@@ -64,7 +78,7 @@ def _one_by_one(begin: Begin, values: tuple[Tensor, ...], tangents: list[tuple[T
     return primal, torch.stack(products)
 
 
-def _by_double_backward(begin: Begin, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
+def _by_double_backward(begin: Begin, values: Values, directions: Directions) -> Products:
     """The same with J v as the gradient of u -> <J^T u, v>, for functions without forward-mode derivatives.
 
     Raises:
@@ -78,7 +92,7 @@ def _by_double_backward(begin: Begin, values: tuple[Tensor, ...], tangents: list
         pulled = torch.autograd.grad(z, leaves, u, create_graph=True, allow_unused=True, materialize_grads=True)
     moved = [(g, i) for i, g in enumerate(pulled) if g.requires_grad]
     products = []
-    for v in tangents:
+    for v in zip(*directions, strict=True):
         with_u = torch.autograd.grad(
             [g for g, _ in moved], u, [v[i] for _, i in moved], retain_graph=True, materialize_grads=True
         )
@@ -92,20 +106,20 @@ def _by_double_backward(begin: Begin, values: tuple[Tensor, ...], tangents: list
     return z.detach(), torch.stack(products)
 
 
-def _by_differences(begin: Begin, values: tuple[Tensor, ...], tangents: list[tuple[Tensor, ...]]) -> Products:
+def _by_differences(begin: Begin, values: Values, directions: Directions) -> Products:
     """The same with J v from the outputs on both sides, (z(w + h v) - z(w - h v)) / 2h, for everything else.
 
     h |v| = eps^(1/3) |w|, where the errors of rounding and of the third derivative are alike: about 1e-4 in float32.
     """
 
-    def at(v: tuple[Tensor, ...], h: float) -> Tensor:
+    def at(v: Values, h: float) -> Tensor:
         outputs = begin()
         with torch.enable_grad():
             return outputs(tuple(w + h * d for w, d in zip(values, v, strict=True))).detach()
 
     width = torch.finfo(values[0].dtype).eps ** (1 / 3) * (_length(values) or 1.0)
     products = []
-    for v in tangents:
+    for v in zip(*directions, strict=True):
         h = width / (_length(v) or 1.0)
         products.append((at(v, h) - at(v, -h)) / (2 * h))
     return at(values, 0.0), torch.stack(products)
@@ -115,14 +129,14 @@ def _length(v: Sequence[Tensor]) -> float:
     return float(torch.stack(torch._foreach_norm(list(v), 2, dtype=torch.float64)).norm())
 
 
-WAYS = (_all_at_once, _one_by_one, _by_double_backward, _by_differences)
+WAYS = (_by_rules, _all_at_once, _one_by_one, _by_double_backward, _by_differences)
 
 
-def use_batch_statistics(module: nn.Module) -> None:
+def use_batch_statistics(modules: Iterable[nn.Module]) -> None:
     """Normalisation layers in training use the batch's statistics as before, and no longer note them."""
-    for m in module.modules():
-        scripted = isinstance(m, torch.jit.ScriptModule)  # it takes no changes
-        if not scripted and m.training and getattr(m, "track_running_stats", False):
+    for m in modules:
+        noting = vars(m).get("track_running_stats", False)  # a module without it would search its parameters
+        if noting and m.training and not isinstance(m, torch.jit.ScriptModule):  # that one takes no changes
             m.track_running_stats = False  # type: ignore[assignment]
 
 
@@ -130,7 +144,8 @@ def use_batch_statistics(module: nn.Module) -> None:
 class FisherProducts:
     """Products with the exact Fisher on kept inputs, through the bare module, which is left as it was.
 
-    The first way that works is kept: all directions in one pass, one pass each, two backward passes, differences.
+    The first way that works is kept: all directions in one pass, by rules of the functions or by torch's forward mode,
+    one pass each, two backward passes, differences.
     """
 
     state: ModuleState
@@ -151,10 +166,21 @@ class FisherProducts:
         `seed`: of the random numbers in the passes; with an opening they are those of the user's pass, which began
         there where its inputs do not say otherwise.
         """
-        moving = [p for p in self.state.root.parameters() if any(p in v for v in directions)]
-        tangents = [tuple(v[p] if p in v else torch.zeros_like(p) for p in moving) for v in directions]
-        device = moving[0].device
-        total = torch.zeros(len(directions), len(directions), dtype=torch.float64, device=device)
+        parameters = [p for p in self.state.root.parameters() if any(p in v for v in directions)]
+        stacked = [torch.stack([v[p] if p in v else torch.zeros_like(p) for v in directions]) for p in parameters]
+        return self.stacked_gram(kept, parameters, stacked, seed, update)
+
+    def stacked_gram(
+        self,
+        kept: Sequence[Inputs],
+        parameters: Sequence[nn.Parameter],
+        directions: Directions,
+        seed: int | Opening,
+        update: int = 0,
+    ) -> Tensor:
+        """The same for the directions of every one of `parameters` in one tensor (k, *p.shape)."""
+        k = directions[0].shape[0]
+        total = torch.zeros(k, k, dtype=torch.float64, device=directions[0].device)
         terms: float | Tensor = 0.0
         for number, inputs in enumerate(kept):
             own = seed if isinstance(seed, Opening) else seed + number
@@ -162,12 +188,10 @@ class FisherProducts:
                 alone(),  # torch knows one level of forward-mode differentiation for all threads
                 bare_pass(self.state, inputs, own) as replay,
                 torch.no_grad(),
-                uncheckpointed(self.state.root),
-                Unrolled(),
             ):
                 part, (z, products) = self.parts.run(
                     inputs,
-                    functools.partial(self._outputs_and_products, replay, moving, tangents),
+                    functools.partial(self._outputs_and_products, replay, parameters, directions),
                     fraction=self.fraction,
                     update=update,
                     least=MIN_EXAMPLES,
@@ -193,26 +217,32 @@ class FisherProducts:
         return last.float() if last.dtype.itemsize < 4 else last
 
     def _outputs_and_products(
-        self, replay: Replay, moving: list[nn.Parameter], tangents: list[tuple[Tensor, ...]], inputs: Inputs
+        self, replay: Replay, parameters: Sequence[nn.Parameter], directions: Directions, inputs: Inputs
     ) -> tuple[torch.Size, Products]:
         """The shape of the loss terms, the outputs and J v, in the first way that works."""
-        names = {p: name for name, p in inputs.module.named_parameters()}
+        module = inputs.module
 
         def begin() -> Outputs:
             args, kwargs = replay.start(inputs.args, inputs.kwargs)
-            use_batch_statistics(inputs.module)
+            use_batch_statistics(self.state.modules if module is self.state.root else module.modules())
 
-            def outputs(values: tuple[Tensor, ...]) -> Tensor:
-                replaced = {names[p]: value for p, value in zip(moving, values, strict=True) if p in names}
-                return tensor_of_outputs(functional_call(inputs.module, replaced, args, kwargs), self.output)
+            def outputs(values: Values) -> Tensor:
+                if values is parameters:
+                    return tensor_of_outputs(module(*args, **kwargs), self.output)
+                names = {p: name for name, p in module.named_parameters()}
+                replaced = {names[p]: value for p, value in zip(parameters, values, strict=True) if p in names}
+                return tensor_of_outputs(functional_call(module, replaced, args, kwargs), self.output)
 
             return outputs
 
-        values = tuple(p.detach() for p in moving)
         failure = Exception()
         for number in range(self._way, len(WAYS)):
             try:
-                z, products = WAYS[number](begin, values, tangents)
+                if WAYS[number] is _by_rules:
+                    z, products = _by_rules(begin, parameters, directions)
+                else:
+                    with uncheckpointed(self.state.root), Unrolled():
+                        z, products = WAYS[number](begin, [p.detach() for p in parameters], directions)
             except Exception as error:  # torch lacks a derivative; or the model fails, then in the last way too
                 failure = error
                 continue

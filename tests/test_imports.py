@@ -21,7 +21,7 @@ ROOT = Path(kfac_triton.__file__).parent
 LEVELS = [
     {"kernels", "version", "likelihoods", "distributed", "schedules", "averaging", "batching", "initialisation"}
     | {"arguments", "uncorrelated", "membership", "adamw", "trust_region"},
-    {"ops", "damping", "tuned", "groups"},
+    {"ops", "damping", "tuned", "groups", "tangents"},
     {"blocks", "factors", "chain"},
     {"temporal_chain"},
     {"step_plan"},

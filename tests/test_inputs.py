@@ -383,7 +383,7 @@ def test_products_by_differences(dtype):
     torch.manual_seed(0)
     m, x = Two().to(dtype), X[:32].to(dtype)
     values = tuple(p.detach() for p in m.parameters())
-    tangents = [tuple(torch.randn_like(p) for p in values), tuple(torch.zeros_like(p) for p in values)]
+    tangents = [torch.stack([torch.randn_like(p), torch.zeros_like(p)]) for p in values]
 
     def outputs(values: tuple[Tensor, ...]) -> Tensor:
         return torch.func.functional_call(m, dict(zip(dict(m.named_parameters()), values, strict=True)), (x,))
