@@ -73,7 +73,7 @@ def run(
     threads: Threads = None,
     compile: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Compile K-FAC's step; default: in runs of 30 s and more."),
+        typer.Option("--compile/--no-compile", help="Compile K-FAC's Fisher pass; default: no."),
     ] = None,
     isolate: Annotated[
         bool | None,
@@ -179,8 +179,8 @@ def step(
     chunks: Annotated[int, typer.Option(help="Timed chunks of each optimizer; 0: counts alone.")] = 10,
     chunk: Annotated[int, typer.Option(help="Steps of a chunk, rounded up to whole inverse intervals.")] = 20,
     compile: Annotated[
-        bool, typer.Option(help="Compile K-FAC's step for the times; counts are of eager steps.")
-    ] = True,
+        bool, typer.Option(help="Compile K-FAC's Fisher pass for the times; counts are of eager steps.")
+    ] = False,
     counts: Annotated[bool, typer.Option("--counts", help="Count each stage of a step by itself.")] = False,
     rivals: Annotated[
         bool, typer.Option("--rivals", help="Time SOAP, ASDL and kfac-jax in turn with ours, where installed.")

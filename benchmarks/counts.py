@@ -39,14 +39,10 @@ OUTSIDE, OTHER = "before step()", "other"
 # or a function in it; OTHER without one, OUTSIDE below no step().
 STAGES = {
     "fisher": "own pass",
-    "piggyback": "own pass",
-    "curvature.update_factors": "factors",
-    "curvature.update_inverses": "inverses",
-    "quadratic": "quadratic model",
-    "adaptive": "update",
-    "assembly": "update",
-    "compiled": "update",
-    "update": "update",
+    "estimator.update_": "factors",
+    "estimator.refresh_": "inverses",
+    "steps.quadratic": "quadratic model",
+    "steps": "update",
 }
 ORDER = (OUTSIDE, "own pass", "factors", "inverses", "quadratic model", "update", OTHER)
 
@@ -141,8 +137,8 @@ def _named(frame: FrameType) -> str | None:
     package, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
     if package != "kfac_triton":
         return None
-    module = rest.partition(".")[0]
-    return STAGES.get(f"{module}.{frame.f_code.co_name}", STAGES.get(module))
+    names = (f"{rest}.{frame.f_code.co_name}", rest, rest.partition(".")[0])
+    return next((STAGES[name] for name in names if name in STAGES), None)
 
 
 class Operators(TorchDispatchMode):

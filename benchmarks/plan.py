@@ -22,7 +22,6 @@ COMFORTABLE, SHORTEST = (
     0.02,
 )  # seconds a run: below the first trials are given up, below the second the budget is refused
 WORTH_A_PROCESS = 5.0  # seconds a run from which on it gets a process of its own
-WORTH_COMPILING = 30.0  # seconds a run from which on the optimizer's step is compiled
 PROCESS_START, COMPILATION = 8.0, 60.0  # seconds set aside for each
 SLACK = 0.7  # share of a budget that is planned; steps and evaluations overrun, machines stall
 LEAST_CLOCKED = 0.25  # share of a budget that is training seconds whatever the overheads were measured to be
@@ -129,12 +128,12 @@ def derive(request: Request, overheads: Sequence[Overhead] = ()) -> Plan:
         budget=request.budget,
         device=request.device,
         threads=request.threads,
+        compile=bool(request.compile),
     )
     if request.budget is not None:
         plan = _share_out(plan, request, overheads or [Overhead()] * len(request.tasks))
-    compile = plan.seconds >= WORTH_COMPILING if request.compile is None else request.compile
     isolate = plan.seconds >= WORTH_A_PROCESS if request.isolate is None else request.isolate
-    return replace(plan, compile=compile, isolate=isolate)
+    return replace(plan, isolate=isolate)
 
 
 def _share_out(plan: Plan, request: Request, overheads: Sequence[Overhead]) -> Plan:
@@ -164,14 +163,11 @@ def _affordable(plan: Plan, budget: float, overheads: Sequence[Overhead]) -> Pla
     left = SLACK * budget
     for one in overheads:
         left -= runs * one.warm_up + (plan.searched * 5 + plan.measured * (plan.evaluations + 1)) * one.evaluation
+    left -= COMPILATION * tasks if plan.compile else 0.0
     seconds = left / (tasks * runs)
-    for reserve, worth in (
-        (PROCESS_START * tasks * plan.measured, WORTH_A_PROCESS),
-        (COMPILATION * tasks, WORTH_COMPILING),
-    ):
-        if seconds >= worth:
-            left -= reserve
-            seconds = max(left / (tasks * runs), 0.99 * worth)
+    if seconds >= WORTH_A_PROCESS:
+        left -= PROCESS_START * tasks * plan.measured
+        seconds = max(left / (tasks * runs), 0.99 * WORTH_A_PROCESS)
     least = (
         LEAST_CLOCKED * budget / (tasks * runs)
     )  # where overheads were measured in a bad moment, the deadline decides

@@ -39,7 +39,7 @@ class StepOptions:
     batch: int | None = None
     chunks: int = 10
     chunk: int = 20
-    compile: bool = True
+    compile: bool = False
 
     @property
     def steps(self) -> int:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kfac_triton import schema
-from kfac_triton.approximations import kronecker
-from kfac_triton.curvature import Block, Curvature
+from kfac_triton.config import APPROXIMATIONS
+from kfac_triton.estimator import CurvatureEstimator
+from kfac_triton.inspection import known_layers
+from kfac_triton.joint import wide_dtype
+from kfac_triton.layer import Layer, description
+from kfac_triton.operations.layout import DENSE
 from kfac_triton.schema import Neighbour, Part
+from kfac_triton.structures import buffered
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -59,62 +64,64 @@ def by_name(
 def follow(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Converts the state of parameters that were converted to another dtype or device; counters keep their dtype."""
     for p in parameters:
-        own = (*schema.ADAMW[:2], "momentum_buffer", "A_root", "G_root")
+        own = (*schema.ADAMW[:2], "A_root", "G_root")
         for name, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
                 counter = name in ("factor_updates", "spectrum_updates", "fallback_step")
-                wanted = value.dtype if counter else p.dtype if name in own else kronecker.factor_dtype(p)
+                wanted = value.dtype if counter else p.dtype if name in own else wide_dtype(p)
                 optimizer.state[p][name] = value.to(p.device, wanted)
 
 
-def prepare(optimizer: torch.optim.Optimizer, curvature: Curvature, parameters: list[nn.Parameter]) -> None:
+def prepare(optimizer: torch.optim.Optimizer, estimator: CurvatureEstimator, parameters: list[nn.Parameter]) -> None:
     """Makes the whole state appear, without data, for the blocks that the modules' types promise.
 
     torch.distributed.checkpoint loads in place, and so only what is there.
     """
-    blocks, first = curvature.known_blocks(parameters), optimizer.param_groups[0]
-    adaptive = any(first[f"adaptive_{name}"] for name in ("lr", "momentum", "damping"))
+    layers = known_layers(estimator, parameters)
     moving = any(group["momentum"] != 0 or group["adaptive_damping"] for group in optimizer.param_groups)
-    _prepare_blocks(optimizer, curvature, blocks)
-    covered = {*blocks, *(block.bias for block in blocks.values())}
     bounded = moving and any(group["kl_clip"] < math.inf for group in optimizer.param_groups)
-    apart = _apart(optimizer, blocks)
+    _prepare_layers(optimizer, estimator, layers)
+    group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    covered = {p for layer in layers for p in (layer.weight, layer.bias) if p is not None}
+    counted = {layer.weight for layer in layers}
+    counted |= {own.bias for own in layers if own.bias is not None and group_of.get(own.bias) != group_of[own.weight]}
     for p in parameters:
         momentum, adamw, quadratic = schema.parts_of_parameter(p)
         stored = optimizer.state[p]  # empty where nothing else is: torch.distributed.checkpoint asks for an entry
         if p not in covered:
             _fill(stored, adamw, p)
         elif moving:
-            _fill(stored, momentum, p, which=-1 if adaptive else 0)
-            if bounded and (p in blocks or p in apart):
+            _fill(stored, momentum, p)
+            if bounded and p in counted:
                 _fill(stored, quadratic, p)
 
 
-def _apart(optimizer: torch.optim.Optimizer, blocks: Mapping[nn.Parameter, Block]) -> set[nn.Parameter]:
-    """The biases that are in another group than their weight."""
-    group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    pairs = ((weight, block.bias) for weight, block in blocks.items())
-    return {bias for weight, bias in pairs if bias is not None and group_of.get(bias) != group_of.get(weight)}
-
-
-def _prepare_blocks(
-    optimizer: torch.optim.Optimizer, curvature: Curvature, blocks: Mapping[nn.Parameter, Block]
-) -> None:
+def _prepare_layers(optimizer: torch.optim.Optimizer, estimator: CurvatureEstimator, layers: Sequence[Layer]) -> None:
     """Those of a tridiagonal chain in the order of the modules."""
-    chained = curvature.settings.approximation == "tridiagonal"
-    following = [Neighbour(weight, block.layout) for weight, block in blocks.items()][1:]
-    for place, (weight, block) in enumerate(blocks.items()):
-        curvature.begin(weight, block, optimizer.state)
-        stored = optimizer.state[weight]
+    settings = estimator.settings
+    chained = settings.approximation == "tridiagonal"
+    following = [Neighbour(layer.weight, layer.layout) for layer in layers][1:]
+    indices = {p: i for i, p in enumerate(estimator.source.module.parameters())}
+    for place, layer in enumerate(layers):
+        stored = optimizer.state[layer.weight]
+        index = -1 if layer.bias is None else indices[layer.bias]
+        stored |= description(layer.layout, index, APPROXIMATIONS.index(settings.approximation))
         if chained:
             stored["chain"] = place
         after = following[place] if chained and place < len(following) else None
-        for part in schema.parts_of_block(weight, block.layout, curvature.settings, after):
-            _fill(stored, part, weight)
+        for part in schema.parts_of_block(layer.weight, layer.layout, settings, after):
+            _fill(stored, part, layer.weight)
+        for side, d in zip("AG", layer.layout.dims(layer.weight.shape), strict=True):
+            stacks_rows = layer.layout.A == layer.layout.G == DENSE and layer.weight.device.type == "cpu"
+            if d < buffered.NARROWEST or settings.fisher == "empirical" or not stacks_rows:
+                for name in ("rows", "weights", "kept"):
+                    stored.pop(f"{side}_{name}", None)
+            elif f"{side}_rows" in stored:
+                stored[f"{side}_waiting"] = 0
 
 
-def _fill(stored: dict[str, Any], part: Part, p: nn.Parameter, which: int = 0) -> None:
-    """Zeros for all tensors of a part, in the first of their dtypes or another; as the parameter lies in memory."""
+def _fill(stored: dict[str, Any], part: Part, p: nn.Parameter) -> None:
+    """Zeros for all tensors of a part, in the first of their dtypes; as the parameter lies in memory."""
     for name, (shape, dtypes) in part.slots.items():
         like = p if shape == p.shape else p.new_empty(shape)
-        stored[name] = torch.zeros_like(like, dtype=dtypes[which])
+        stored[name] = torch.zeros_like(like, dtype=dtypes[0])

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfac_triton.arguments import Settings, integer, number
+from kfac_triton.config import Settings, integer, number
 
 # The options of a group; whoever trains may change them between steps.
 OPTIONS = (
@@ -93,11 +93,9 @@ class Watch:
                 group["kl_clip"] = math.inf
             if i < len(self._passed) and self._passed[i][0] is group:
                 before = self._passed[i][1]
-                check(
-                    group,
-                    [n for n, value in zip(OPTIONS, before, strict=True) if group.get(n) is not value],
-                    wait=False,
-                )
+                changed = [n for n, value in zip(OPTIONS, before, strict=True) if group.get(n) is not value]
+                if changed:
+                    check(group, changed, wait=False)
             else:
                 check_complete(group, defaults)
                 check(group, wait=False)

@@ -10,7 +10,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Members:
@@ -24,20 +24,21 @@ class Members:
         self.listed = listed
         self.present = [p for p in listed if p in self.names]
         self._module = module
-        self._forms = [_form(p) for p in listed]
+        self._forms = [(p.dtype, p.shape) for p in listed]
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         for child in module.modules():
             if not isinstance(child, torch.jit.ScriptModule):  # whose parts stay what they are
                 for table in (child._parameters, child._modules):
                     self._places += [(table, key, value) for key, value in table.items()]
+        self._values = [value for _, _, value in self._places]
 
     def current(self, listed: list[nn.Parameter]) -> bool:
         """Whether nothing changed, if the groups now list these parameters."""
         return (
             len(listed) == len(self.listed)
             and all(map(is_, listed, self.listed))
-            and all(table.get(key) is value for table, key, value in self._places)
-            and [_form(p) for p in listed] == self._forms
+            and all(map(is_, [table.get(key) for table, key, _ in self._places], self._values))
+            and [(p.dtype, p.shape) for p in listed] == self._forms
             and "_is_fsdp_managed_module" not in vars(self._module)
         )
 
@@ -58,7 +59,3 @@ class Members:
     def reshaped(self) -> set[nn.Parameter]:
         """Listed parameters whose data has another shape now."""
         return {p for p, (_, shape) in zip(self.listed, self._forms, strict=True) if p.shape != shape}
-
-
-def _form(p: Tensor) -> tuple[torch.dtype, torch.Size]:
-    return p.dtype, p.shape

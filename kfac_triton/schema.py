@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfac_triton.approximations import average, kronecker, temporal
-from kfac_triton.arguments import APPROXIMATIONS, Settings
-from kfac_triton.blocks.layout import DENSE, FORMS, OPERATIONS, Layout
+from kfac_triton.config import APPROXIMATIONS, Settings
+from kfac_triton.joint import wide_dtype
+from kfac_triton.operations.layout import BLOCKS, DENSE, DIAGONAL, FORMS, OPERATIONS, Layout
+from kfac_triton.structures.buffered import CAPACITY
 
 
 class Slot(NamedTuple):
@@ -72,17 +73,17 @@ def approximation_of(stored: Mapping[str, Any], usual: str) -> str:
 
 
 def parts_of_parameter(p: Tensor) -> Iterator[Part]:
-    """What every parameter may hold: momentum, which adaptive steps keep in the factors' precision, AdamW's averages,
-    and the quadratic form of the momentum where a trust region bounds it."""
+    """What every parameter may hold: momentum, in the factors' precision (older states: in the parameter's), AdamW's
+    averages, and the quadratic form of the momentum where a trust region bounds it."""
     like = Slot(tuple(p.shape), (p.dtype,))
-    yield Part({"momentum_buffer": Slot(like.shape, (p.dtype, kronecker.factor_dtype(p)))})
+    yield Part({"momentum_buffer": Slot(like.shape, (wide_dtype(p), p.dtype))})
     yield Part({"exp_avg": like, "exp_avg_sq": like, "fallback_step": COUNTER})
-    yield Part({"quadratic": Slot((), (kronecker.factor_dtype(p),))})
+    yield Part({"quadratic": Slot((), (wide_dtype(p),))})
 
 
 def parts_of_block(weight: Tensor, layout: Layout, settings: Settings, after: Neighbour | None) -> Iterator[Part]:
     """What the weight of a block may hold besides; `after` is the next layer of a tridiagonal chain."""
-    wide = (kronecker.factor_dtype(weight),)
+    wide = (wide_dtype(weight),)
     (d_in, d_out), shapes = layout.dims(weight.shape), layout.factor_shapes(weight.shape)
     A, G = (Slot(shape, wide) for shape in shapes)
     A_inv, G_inv = (Slot(shape, wide) for shape in layout.inverse_shapes(weight.shape))
@@ -95,15 +96,16 @@ def parts_of_block(weight: Tensor, layout: Layout, settings: Settings, after: Ne
         return
     yield Part({"A": A, "G": G}, always=True)
     for side, shape in zip("AG", shapes, strict=True):
-        if kronecker.buffered(layout, side):
-            yield Part({name: Slot(size, wide) for name, size in average.buffers(side, shape[-1]).items()})
+        if getattr(layout, side) not in (DIAGONAL, BLOCKS) and layout.groups == 1:  # UNCORRELATED: of older states
+            rows = {f"{side}_rows": (CAPACITY, shape[-1]), f"{side}_weights": (CAPACITY,), f"{side}_kept": ()}
+            yield Part({name: Slot(size, wide) for name, size in rows.items()})
     if settings.approximation == "eigen" and layout.A == layout.G == DENSE:
         bases = {"Q_A": A, "Q_G": G, "spectrum": Slot((*G.shape[:-1], d_in), wide), "spectrum_updates": COUNTER}
         dampings = {"damping_A": Slot(A.shape[:-1], wide), "damping_G": Slot(G.shape[:-1], wide)}
         yield Part({**bases, **dampings, "eigen_damping": Slot((), wide)})
     else:
         yield Part({"A_inv": A_inv, "G_inv": G_inv})
-    if settings.temporal != "independent" and temporal.applies(layout):
+    if settings.temporal != "independent" and layout.operation == "recurrent" and layout.A == layout.G == DENSE:
         yield Part({"A_lag": A, "G_lag": G, "time_steps": Slot((), wide)})
         P_A, P_G = (Slot((0,), wide),) * 2 if settings.temporal == "chain_symmetric" else (A, G)
         sides = {"time_K_A": A, "time_K_G": G, "time_scale": Slot((d_out, d_in), wide)}

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from kfac_triton import schedules
-from kfac_triton.arguments import unwrapped
+from kfac_triton.config import unwrapped
 from kfac_triton.version import __version__
 
 log = logging.getLogger("kfac_triton")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import groups, schedules, schema
-from kfac_triton.approximations import kronecker
-from kfac_triton.arguments import COUNTERS, Settings, integer, number
-from kfac_triton.blocks.layout import Layout
+from kfac_triton.config import COUNTERS, Settings, integer, number
+from kfac_triton.layer import described
+from kfac_triton.operations.layout import Layout
 from kfac_triton.schema import Neighbour, Part
 
 YOUNGER = {**COUNTERS, "kl_annealing": False}  # what groups of older checkpoints lack, but for "step"
@@ -128,7 +128,7 @@ def _checked_layout(name: str, p: nn.Parameter, stored: Mapping[str, Any], setti
     P_A = stored.get("time_P_A")
     if isinstance(P_A, Tensor) and settings.temporal == ("chain_symmetric" if P_A.numel() else "chain"):
         raise ValueError(f'the state of {name} is of another temporal than "{settings.temporal}"')
-    layout = kronecker.restored_layout(stored, p)
+    layout = described(stored)
     try:
         layout.factor_shapes(p.shape)
     except (IndexError, ZeroDivisionError) as error:

@@ -160,3 +160,30 @@ def strays(interpreter: type, monkeypatch: pytest.MonkeyPatch) -> Callable[[torc
         return int((~np.isin(touched, around.data_ptr() + elements.numpy() * around.element_size())).sum())
 
     return count
+
+
+@pytest.fixture(params=["at once", "rows wait", "padded", "for kernels"])
+def matrix_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Narrow matrices are held as wide ones are: their rows wait, and start at multiples of 16 elements; or as kernels
+    want them, with zeros around both dimensions."""
+    if request.param == "for kernels":
+        request.getfixturevalue("interpreter")
+        monkeypatch.setenv("KFAC_TRITON_BACKEND", "triton")
+    from kfac_triton import joint
+    from kfac_triton.structures import buffered, factor
+
+    monkeypatch.setattr(buffered, "NARROWEST", 1 if request.param == "rows wait" else 128)
+    for module in (joint, factor):
+        monkeypatch.setattr(module, "ALIGNED", 1 if request.param == "padded" else 128)
+    return request.param
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU is served as a GPU is: nothing is read on the host, and the numbers of a step are tensors."""
+    from kfac_triton import averages, numbers
+    from kfac_triton.steps import fixed, runner
+    from kfac_triton.structures import inverse_free, kronecker
+
+    for module in (averages, fixed, inverse_free, kronecker, numbers, runner):
+        monkeypatch.setattr(module, "on_host", lambda device: False)

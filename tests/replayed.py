@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfac_triton.capture import Inputs, ModuleState, UnseenUses, UseRecorder, bare_pass
-from kfac_triton.fisher import recorded_forward
+from kfac_triton.fisher.sampled import recorded_forward
 
 
 def own_forward(model: nn.Module, x: Tensor) -> Callable[[], tuple[UseRecorder, Tensor]]:

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_triton import KFAC, ops, proposal
-from kfac_triton.arguments import CALIBRATED_FROM
+from kfac_triton import KFAC, ops
 from kfac_triton.capture.patches import kept_gradients
-from kfac_triton.curvature import Curvature
-from kfac_triton.damping import Adaptation
+from kfac_triton.config import CALIBRATED_FROM
+from kfac_triton.estimator import CurvatureEstimator
+from kfac_triton.steps import proposal
+from kfac_triton.steps.damping import Adaptation
+from kfac_triton.structures import kronecker
 
 F64 = torch.float64
 EXACT = {"fisher": "exact", "factor_fraction": 1.0, "compile": False}
@@ -90,10 +92,11 @@ def test_a_fixed_wrong_preconditioner_gives_conjugate_gradients(monkeypatch):
     model.load_state_dict(start)
     state = optimizer.state[model.weight]
     factor = [dense.randn(3 * d, d, seed=d) for d in (6, 3)]
-    state["A_inv"], state["G_inv"] = (x.T @ x / len(x) for x in factor)
+    for name, x in zip(("A_inv", "G_inv"), factor, strict=True):
+        state[name].copy_(x.T @ x / len(x))
     for p in model.parameters():
         optimizer.state[p]["momentum_buffer"].zero_()
-    monkeypatch.setattr(Curvature, "update_inverses", lambda *args, **kwargs: None)
+    monkeypatch.setattr(CurvatureEstimator, "refresh_", lambda *args, **kwargs: None)
 
     Xa = torch.cat([X, torch.ones(40, 1, dtype=F64)], 1)
     H = torch.kron(torch.eye(3, dtype=F64), Xa.T @ Xa / 40)
@@ -376,7 +379,7 @@ def test_asking_for_the_loss_again_leaves_no_trace(step):
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
-    assert optimizer._attached().passes.pending() == []
+    assert optimizer._attached().source.passes.pending() == []
 
 
 def test_the_loss_is_asked_for_again_without_its_backward_pass():
@@ -495,9 +498,9 @@ def test_rounded_products_keep_95_percent_of_the_promise(monkeypatch, kept, roun
     monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device: True)
     propose = proposal.Proposer.propose
 
-    def less(self, optimizer, *rest):
-        found = propose(self, optimizer, *rest)
-        return replace(found, predicted=found.predicted * (kept if optimizer.param_groups[0]["bf16"] else 1.0))
+    def less(self, groups, *rest):
+        found = propose(self, groups, *rest)
+        return replace(found, predicted=found.predicted * (kept if groups[0]["bf16"] else 1.0))
 
     exact = ops.kron_matmul_
     monkeypatch.setattr(ops, "kron_matmul_", lambda *args, bf16=False, **more: exact(*args))
@@ -510,20 +513,24 @@ def test_rounded_products_keep_95_percent_of_the_promise(monkeypatch, kept, roun
 
 def test_the_precision_of_a_step(monkeypatch):
     """Asked for, products are rounded in steps of any kind; else only where the adaptive step found that it may."""
-    seen = []
-    exact = ops.kron_matmul_
+    asked, rounded = [], []
+    multiply_, exact = kronecker.Multiplier.__call__, ops.kron_matmul_
     monkeypatch.setattr(
-        ops, "kron_matmul_", lambda *args, bf16=False, **more: (seen.append(bf16), exact(*args, bf16=bf16))[1]
+        kronecker.Multiplier, "__call__", lambda *args, bf16: (asked.append(bf16), multiply_(*args, bf16=bf16))[1]
+    )
+    monkeypatch.setattr(
+        ops, "kron_matmul_", lambda *args, bf16=False, **more: (rounded.append(bf16), exact(*args, bf16=bf16))[1]
     )
     monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device: False)
     for options, expected in (
         ({"precision": "bf16"}, True), ({"precision": "ieee"}, False), ({}, False),
         ({"precision": "bf16", **ADAPTIVE}, True), ({"precision": "ieee", **ADAPTIVE}, False), (ADAPTIVE, False),
     ):  # fmt: skip
-        seen.clear()
+        asked.clear(), rounded.clear()
         model = network()
         train(model, KFAC(model, likelihood="categorical", compile=False, **options), range(2))
-        assert set(seen) == {expected}, options
+        assert set(asked) == {expected}, options
+        assert set(rounded) == ({True} if expected else set()), "on a CPU exact products are torch's"
 
 
 def test_the_ratio_is_that_of_the_same_batch_and_mask():

@@ -75,7 +75,7 @@ NUMBERS = [math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]]
         ("output", [0, "logits"], "callable"),
         ("mask", [0, torch.ones(2, dtype=torch.bool)], "callable"),
         ("check_loss_scale", [None, 1, "yes"], "True or False"),
-        ("compile", [None, 1, "yes"], "True or False"),
+        ("compile", [None, 2, "yes"], "one of 'auto', True, False, 'step'"),
     ],
 )
 def test_values_out_of_range(argument, values, allowed):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfac_triton import chain
+from kfac_triton.linalg import chain
 
 F64 = torch.float64
 WIDTHS = {"two": [(4, 3), (3, 2)], "three": [(4, 3), (3, 5), (5, 2)], "four": [(3, 2), (2, 1), (1, 3), (3, 2)]}

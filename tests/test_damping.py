@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kfac_triton.damping import (
+from kfac_triton.steps.damping import (
     CALIBRATION_STEPS,
     Adaptation,
     calibration_due,

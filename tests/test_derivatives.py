@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kfac_triton import KFAC
 from kfac_triton.capture import Inputs, ModuleState
 from kfac_triton.likelihoods import as_likelihood
-from kfac_triton.quadratic import FisherProducts
+from kfac_triton.steps.quadratic import FisherProducts
 
 
 class Square(torch.autograd.Function):

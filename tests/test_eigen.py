@@ -6,13 +6,10 @@ import dense
 import pytest
 import torch
 from small import data, mlp, train_step
+from stacks import F64, Bench, stack_of
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
-from kfac_triton.approximations import average, eigen, kronecker
-from kfac_triton.blocks.layout import Layout
-
-F64 = torch.float64
 
 
 def network(dtype=F64) -> nn.Module:
@@ -105,26 +102,23 @@ class Mean(nn.Module):
 
 
 def test_new_bases_take_the_eigenvalues_along_as_the_diagonal_that_they_have_there():
-    state: dict = {}
-    torch.manual_seed(0)
-    weight = torch.zeros(3, 4, dtype=F64)
-    kronecker.initialise(state, weight, Layout("linear"), -1)
-    state["factor_updates"] += 1
+    bench = Bench(stack_of("linear without bias", 1), "eigen")
+    structure = bench.structure
 
     def refreshed(seed: int) -> None:
-        for name, d in (("A", 4), ("G", 3)):
+        for F, d in ((structure.A, 4), (structure.G, 3)):
             X = dense.randn(9, d, seed=seed + d)
-            state[name].copy_(X.T @ X)
-        assert eigen.update_bases([kronecker.Refresh(state, Layout("linear"), 0.1, weight.shape)]) == [True]
+            F.values[0].copy_(X.T @ X)
+        assert structure.refresh_([0], [0.1]) == [True]
 
     refreshed(1)
-    dense.assert_exact(state["spectrum"].sum(), state["A"].trace() * state["G"].trace())
-    state["spectrum"], state["spectrum_updates"] = torch.rand(3, 4, dtype=F64), torch.ones(())
-    Q = torch.kron(state["Q_G"], state["Q_A"])
-    F = Q * state["spectrum"].flatten() @ Q.T
+    dense.assert_exact(structure.spectrum[0].sum(), structure.A.values[0].trace() * structure.G.values[0].trace())
+    structure.spectrum[0], structure.spectrum_updates[0] = torch.rand(3, 4, dtype=F64), 1.0
+    Q = torch.kron(structure.Q_G[0], structure.Q_A[0])
+    F = Q * structure.spectrum[0].flatten() @ Q.T
     refreshed(2)
-    Q = torch.kron(state["Q_G"], state["Q_A"])
-    dense.assert_exact(state["spectrum"].flatten(), (Q.T @ F @ Q).diagonal())
+    Q = torch.kron(structure.Q_G[0], structure.Q_A[0])
+    dense.assert_exact(structure.spectrum[0].flatten(), (Q.T @ F @ Q).diagonal())
 
 
 def test_eigenvalues_are_refreshed_between_the_bases():
@@ -173,7 +167,7 @@ def test_a_step_is_the_dense_solve():
     grad = by_tap(conv.weight.grad, conv.bias.grad)
     moved = by_tap(before["0.weight"] - conv.weight.detach(), before["0.bias"] - conv.bias.detach())
     for group in range(2):
-        A, G = (average.settled(state, name)[group] for name in "AG")  # in the order of the joint matrix
+        A, G = (state[name][group] for name in "AG")  # in the order of the joint matrix
         V = solved(*(state[name][group] for name in names), A, G, grad[group])
         dense.assert_exact(moved[group], 0.1 * V)
 
@@ -238,9 +232,8 @@ def test_the_estimate_of_memory_is_what_is_held():
     optimizer = optimizer_of(model)
     estimate = optimizer.memory_usage()
     train(model, optimizer, range(1))
-    held = sum(
-        optimizer.state[m.weight][name].nbytes for m in (model[0], model[3], model[5]) for name in eigen.NAMES[:5]
-    )
+    names = ("Q_A", "Q_G", "spectrum", "spectrum", "damping_A", "damping_G")  # twice: the sum that is divided by too
+    held = sum(optimizer.state[m.weight][name].nbytes for m in (model[0], model[3], model[5]) for name in names)
     assert estimate["inverses"] == held == optimizer.memory_usage()["inverses"]
 
 
@@ -260,17 +253,16 @@ def test_inputs_that_vanish_do_not_raise_the_loss(size, fisher):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_factor_that_is_not_finite_leaves_the_last_bases(bad):
-    state: dict = {}
-    layout, weight = Layout("linear"), torch.zeros(3, 2)
-    kronecker.initialise(state, weight, layout, -1)
-    state["A"].copy_(torch.eye(2))
-    state["G"].copy_(torch.eye(3))
-    state["factor_updates"] += 1
-    assert eigen.update_bases([kronecker.Refresh(state, layout, 0.1, weight.shape)]) == [True]
-    before = state["spectrum"].clone()
-    state["A"][0, 0] = bad
-    assert eigen.update_bases([kronecker.Refresh(state, layout, 0.2, weight.shape)]) == [False]
-    assert torch.equal(state["spectrum"], before) and float(state["eigen_damping"]) == pytest.approx(0.1)
+    """Of its own layer; the others of the stack get new ones."""
+    structure = Bench(stack_of("linear without bias", 2), "eigen").structure
+    structure.A.values.copy_(torch.eye(4))
+    structure.G.values.copy_(torch.eye(3))
+    assert structure.refresh_([0, 1], [0.1, 0.1]) == [True, True]
+    before = [structure.spectrum[0].clone(), structure.Q_A[0].clone()]
+    structure.A.values[0, 0, 0] = bad
+    assert structure.refresh_([0, 1], [0.2, 0.2]) == [False, True]
+    assert torch.equal(structure.spectrum[0], before[0]) and torch.equal(structure.Q_A[0], before[1])
+    assert structure.eigen_damping.tolist() == pytest.approx([0.1, 0.2])
 
 
 def test_rounded_products_are_refused():

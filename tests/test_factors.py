@@ -7,12 +7,15 @@ import math
 import dense
 import pytest
 import torch
+from stacks import Bench, rows_of, sample_of, spoiled, stack_of
 from torch import nn
 
-from kfac_triton import KFAC, factors
-from kfac_triton.approximations import kronecker
-from kfac_triton.blocks import layout
-from kfac_triton.blocks.layout import Layout
+from kfac_triton import KFAC
+from kfac_triton.joint import stacked
+from kfac_triton.layer import Layer
+from kfac_triton.linalg import factors
+from kfac_triton.operations import layout
+from kfac_triton.operations.layout import Layout
 
 F64 = torch.float64
 
@@ -454,21 +457,57 @@ def test_an_indefinite_factor_ends_without_inverses():
     assert is_finite(factors.damped_inverses(torch.diag(torch.tensor([2.0, -1e-3])), torch.eye(2), 0.0))
 
 
-def test_without_new_inverses_the_last_ones_stay():
-    weight, plain = nn.Parameter(torch.zeros(3, 4)), Layout("linear")
-    state = {}
-    kronecker.initialise(state, weight, plain, -1)
-    assert kronecker.update_inverses([kronecker.Refresh(state, plain, 0.1, weight.shape)]) == [True]
-    assert "A_inv" not in state  # no data yet
-    state["A"].copy_(spd(4, 1))
-    state["G"].copy_(spd(3, 2))
-    state["factor_updates"] += 1
-    assert kronecker.update_inverses([kronecker.Refresh(state, plain, 0.1, weight.shape)]) == [True]
-    kept = state["A_inv"].clone(), state["G_inv"].clone()
-    state["A"].fill_(math.nan)
-    assert kronecker.update_inverses([kronecker.Refresh(state, plain, 0.1, weight.shape)]) == [False]
-    assert torch.equal(state["A_inv"], kept[0])
-    assert torch.equal(state["G_inv"], kept[1])
+def structure_with(pairs, dtype=F64):
+    """The structure of a stack of layers with these factors."""
+    (d_out, d_in), count = (len(pairs[0][1]), len(pairs[0][0])), len(pairs)
+    layers = [Layer(nn.Parameter(torch.zeros(d_out, d_in, dtype=dtype)), None, Layout("linear")) for _ in range(count)]
+    (stack,) = stacked(layers)
+    structure = Bench(stack).structure
+    for i, (A, G) in enumerate(pairs):
+        structure.A.values[i].copy_(A)
+        structure.G.values[i].copy_(G)
+    return structure
+
+
+def test_there_are_no_inverses_before_data():
+    bench = Bench(stack_of("linear", 2))
+    samples = [sample_of(layer, rows_of(layer, i)) for i, layer in enumerate(bench.stack.layers)]
+    bench.update_([samples[0], spoiled(samples[1])], damping=[0.1, 0.1])
+    assert bench.refresh_([0.1, 0.1]) == [True]
+    assert bench.structure.ready == [True, False]
+    assert ["A_inv" in bench.state(i) for i in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize("together", [1, 96])
+def test_without_new_inverses_the_last_ones_stay(together, monkeypatch):
+    """Those of that layer; its neighbours in the stack get new ones."""
+    monkeypatch.setattr(factors, "TOGETHER", together)
+    structure = structure_with([(spd(4, 1), spd(3, 2)), (spd(4, 3), spd(3, 4)), (spd(4, 5), spd(3, 6))])
+    assert structure.refresh_([0, 1, 2], [0.1] * 3) == [True] * 3
+    kept = structure.A.inverse.clone(), structure.G.inverse.clone()
+    structure.A.values[1].fill_(math.nan)
+    assert structure.refresh_([0, 1, 2], [0.2] * 3) == [True, False, True]
+    assert structure.ready == [True] * 3
+    for side, last in zip((structure.A, structure.G), kept, strict=True):
+        assert torch.equal(side.inverse[1], last[1])
+        assert not torch.equal(side.inverse[0], last[0]) and not torch.equal(side.inverse[2], last[2])
+
+
+@pytest.mark.parametrize("together", [1, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_layers_of_a_stack_have_the_inverses_that_each_has_alone(dtype, together, monkeypatch):
+    """But for rounding: each with its own damping; a factor that vanishes, and a layer that is not due, among them."""
+    monkeypatch.setattr(factors, "TOGETHER", together)
+    pairs = [(spd(5, 2 * i), spd(4, 2 * i + 1, scale=10.0**i)) for i in range(5)]
+    pairs[3] = (torch.zeros(5, 5), pairs[3][1])
+    structure = structure_with(pairs, dtype)
+    damping = [0.1 * (i + 1) for i in range(5)]
+    assert structure.refresh_([0, 1, 3, 4], damping) == [True] * 4
+    assert structure.ready == [True, True, False, True, True]
+    assert not structure.A.inverse[2].any()
+    for i in (0, 1, 3, 4):
+        alone = factors.damped_inverses(pairs[i][0].to(dtype), pairs[i][1].to(dtype), damping[i])
+        torch.testing.assert_close((structure.A.inverse[i], structure.G.inverse[i]), alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -485,26 +524,32 @@ def test_sides_inverted_together_are_those_inverted_alone(dtype):
     assert all(F.untyped_storage().nbytes() == F.nbytes for F in inverses_of_all)
 
 
-def test_narrow_sides_of_a_width_share_one_factorisation(monkeypatch):
+@pytest.mark.parametrize("wide", [False, True])
+def test_narrow_sides_of_a_stack_share_one_factorisation(wide, monkeypatch):
+    """Neighbours that are due together; wide ones would be copied for it."""
     batches = []
-    cholesky_inverse_ = factors._cholesky_inverse_
+    inverses_ = factors.inverses
 
-    def counted(F, d):
+    def counted(F, *strengths):
         batches.append(tuple(F.shape))
-        return cholesky_inverse_(F, d)
+        return inverses_(F, *strengths)
 
-    monkeypatch.setattr(factors, "_cholesky_inverse_", counted)
-    wide = factors.TOGETHER + 1
-    pairs = [(spd(5, 1), spd(4, 2)), (spd(5, 3), spd(4, 4)), (spd(wide, 5), spd(wide, 6))]
-    factors.all_damped_inverses([factors.Pair(A, G, 0.1, factors.shape_of(A), factors.shape_of(G)) for A, G in pairs])
-    assert batches == [(2, 5, 5), (2, 4, 4), (wide, wide), (wide, wide)]
+    monkeypatch.setattr(factors, "inverses", counted)
+    d = factors.TOGETHER + int(wide)
+    structure = structure_with([(spd(d, 1), spd(4, 2))] * 4)
+    structure.refresh_([0, 1, 3], [0.1] * 4)
+    runs = [2, 1] if not wide else [1, 1, 1]
+    assert batches == [(n, *size) for n in runs for size in ((d, d), (4, 4))]
 
 
-def test_a_side_without_an_inverse_leaves_those_it_was_inverted_with_alone():
-    good, bad = spd(4, 1), torch.diag(as_tensor([2.0, -1e-3, 1.0, 1.0]))
-    pairs = [(good, spd(3, 2)), (bad, spd(3, 3)), (spd(4, 4), spd(3, 5))]
-    found = factors.all_damped_inverses(
-        [factors.Pair(A, G, 0.0, factors.shape_of(A), factors.shape_of(G)) for A, G in pairs]
-    )
-    assert found[1] is None
-    torch.testing.assert_close([found[0], found[2]], [factors.damped_inverses(*pairs[i], 0.0) for i in (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_side_without_an_inverse_leaves_those_it_was_inverted_with_alone(dtype):
+    """In double precision it has none at all; in single, what comes of more digits and more damping."""
+    pairs = [(spd(4, 1), spd(3, 2)), (torch.diag(as_tensor([2.0, -1e-3, 1.0, 1.0])), spd(3, 3)), (spd(4, 4), spd(3, 5))]
+    structure = structure_with(pairs, dtype)
+    alone = [factors.damped_inverses(A.to(dtype), G.to(dtype), 0.0) for A, G in pairs]
+    assert (alone[1] is None) == (dtype == F64)
+    assert structure.refresh_([0, 1, 2], [0.0] * 3) == [True, alone[1] is not None, True]
+    for i in range(3):
+        if alone[i] is not None:
+            torch.testing.assert_close((structure.A.inverse[i], structure.G.inverse[i]), alone[i])

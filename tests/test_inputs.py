@@ -20,7 +20,8 @@ from small import WHOLE, closure_step, data, second_moment, train_step
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from kfac_triton import KFAC, quadratic
+from kfac_triton import KFAC
+from kfac_triton.steps import quadratic
 
 FORMS = {"plain": (KFAC, train_step), "paper": (KFAC.paper, closure_step)}
 

@@ -6,15 +6,12 @@ import dense
 import pytest
 import torch
 import torch.nn.functional as F
+from stacks import F64, Bench, held_bytes, stack_of
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
-from kfac_triton.approximations import inverse_free, kronecker
-from kfac_triton.approximations.kronecker import FactorUpdate, Statistics
-from kfac_triton.blocks.layout import Layout
-
-F64 = torch.float64
-TRUE = torch.ones((), dtype=torch.bool)
+from kfac_triton.sample import Sample
+from kfac_triton.structures.base import Moves
 
 
 def spd(d: int, seed: int) -> Tensor:
@@ -29,22 +26,21 @@ def root_of_inverse(F: Tensor, d: Tensor) -> Tensor:
 
 def moved(b: float, damping: float = 0.1) -> tuple[dict, dict[str, tuple[Tensor, Tensor, Tensor]]]:
     """A state after one update from the roots of exact inverses, and by side (old factor, new one, damping)."""
-    weight = torch.zeros(3, 4, dtype=F64)
-    old = {"A": spd(4, 1), "G": spd(3, 2)}
-    new = {"A": spd(4, 3), "G": spd(3, 4)}
-    state: dict = {}
-    kronecker.initialise(state, weight, Layout("linear"), -1, factors=False)
-    state["factor_updates"] += 1000.0
+    bench = Bench(stack_of("linear without bias", 1), "inverse_free")
+    structure, stack = bench.structure, bench.stack
+    old, new = {"A": spd(4, 1), "G": spd(3, 2)}, {"A": spd(4, 3), "G": spd(3, 4)}
     means = {name: (1 - b) * old[name].diagonal().mean() + b * new[name].diagonal().mean() for name in "AG"}
     pi = (means["A"] / means["G"]).sqrt()
     strengths = {"A": pi * damping**0.5, "G": damping**0.5 / pi}
-    for name in "AG":
-        state[f"{name}_mean"] = old[name].diagonal().mean()
-        state[f"{name}_root"] = root_of_inverse(old[name], strengths[name])
+    for i, name in enumerate("AG"):
+        structure.means[i, 0] = old[name].diagonal().mean()
+        structure.roots[i][0].copy_(root_of_inverse(old[name], strengths[name]))
+    structure.ready[0] = True
     rows = [torch.linalg.cholesky(new[name]).T for name in "AG"]
-    own = Statistics(Layout("linear"), None, [rows[0]], [rows[1]], 1.0, 1.0, ones=False)
-    inverse_free.update([(FactorUpdate(state, own, 1 - b, TRUE), weight, damping)])
-    return state, {name: (old[name], new[name], strengths[name]) for name in "AG"}
+    own = Sample(stack.layers[0], [rows[0]], [rows[1]], 1.0, 1.0, ones=False)
+    numbers = [torch.tensor([value], dtype=F64) for value in (1 - b, b, b, b)]
+    structure.update_([own], None, Moves(numbers, torch.tensor([True]), [1 - b], None, stack), [damping])
+    return structure.tensors(0), {name: (old[name], new[name], strengths[name]) for name in "AG"}
 
 
 def test_one_update_is_the_inverse_of_the_running_average_to_second_order():
@@ -139,7 +135,7 @@ def test_memory_and_resuming(dtype):
     train(model, optimizer, range(3))
     held = {"factors": ("A_root", "G_root"), "inverses": ("A_inv", "G_inv")}
     for kind, names in held.items():
-        found = sum(s[name].nbytes for s in optimizer.state.values() for name in names if name in s)
+        found = held_bytes(s[name] for s in optimizer.state.values() for name in names if name in s)
         assert estimate[kind] == optimizer.memory_usage()[kind] == found
     twin = classifier(dtype)
     twin.load_state_dict(model.state_dict())

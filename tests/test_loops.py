@@ -876,6 +876,6 @@ def test_a_parameter_among_the_outputs_keeps_no_batch():
         optimizer.zero_grad()
         mean, log_std = model(data(seed=step)[0])
         (mean.square().sum() + log_std.sum()).backward()
-        assert len(optimizer._curvature.passes.pending()) == 1
+        assert len(optimizer._estimator.source.passes.pending()) == 1
         optimizer.step()
     assert not model.log_std._backward_hooks

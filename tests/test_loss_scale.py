@@ -14,7 +14,7 @@ from small import closure_step, data, mlp, train_step
 from torch import Tensor, nn
 
 from kfac_triton import KFAC, Bernoulli, Categorical, Gaussian
-from kfac_triton.loss_scale import seen_in_gradient
+from kfac_triton.fisher.loss_scale import seen_in_gradient
 
 # ------------------------------------------------------------------------------------------------------ it counts
 

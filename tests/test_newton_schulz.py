@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stacks import Bench, stack_of
 from torch import Tensor
 
-from kfac_triton import factors, ops
+from kfac_triton import ops
 from kfac_triton.kernels import newton_schulz
 from kfac_triton.kernels.tiles import Tile
+from kfac_triton.linalg import factors
 
 
 def spd(d: int, batch: tuple[int, ...] = (), least: float = 1e-2, seed: int = 0) -> Tensor:
@@ -150,3 +152,24 @@ def test_what_does_not_converge_is_inverted_by_cholesky(interpreter, monkeypatch
     (found,) = factors.all_damped_inverses([factors.Pair(A, G, 1e-3, factors.Shape(20), factors.Shape(12), last=last)])
     for inverse, E in zip(found, wanted, strict=True):
         assert torch.equal(inverse, E)
+
+
+def test_a_stack_takes_the_iteration_from_its_last_inverses(interpreter, monkeypatch):
+    """Its first ones come from Cholesky; a layer for which the iteration does not converge goes back to that."""
+    bench = Bench(stack_of("linear", 2, dtype=torch.float32))
+    structure = bench.structure
+    for i in range(2):
+        structure.A.values[i].copy_(spd(5, seed=i))
+        structure.G.values[i].copy_(spd(3, seed=2 + i))
+    monkeypatch.setenv("KFAC_TRITON_BACKEND", "triton")
+    used = []
+    newton = ops.newton_schulz_
+    monkeypatch.setattr(ops, "newton_schulz_", lambda X, M, residual: (used.append(len(X)), newton(X, M, residual)))
+    assert structure.refresh_([0, 1], [1e-3, 1e-3]) == [True, True] and used == []
+    structure.A.values.mul_(1.2)
+    structure.A.inverse[1].fill_(torch.nan)
+    assert structure.refresh_([0, 1], [2e-3, 3e-3]) == [True, True] and used == [4]
+    for i, damping in enumerate((2e-3, 3e-3)):
+        wanted = factors.damped_inverses(structure.A.values[i].double(), structure.G.values[i].double(), damping)
+        for inverse, E in zip((structure.A.inverse[i], structure.G.inverse[i]), wanted, strict=True):
+            torch.testing.assert_close(inverse.double(), E, rtol=1e-3, atol=1e-4 * E.abs().max().item())

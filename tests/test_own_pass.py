@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfac_triton.capture import Inputs, ModuleState, bare_pass
 from kfac_triton.capture.owners import modules_of
 from kfac_triton.capture.patches import PerThread
-from kfac_triton.fisher import recorded_forward
+from kfac_triton.fisher.sampled import recorded_forward
 
 
 class Counted(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,16 @@ import pytest
 import kfac_triton
 
 CHECKOUT = Path(kfac_triton.__file__).parent.parent
+
+
+def test_every_folder_of_the_package_is_in_the_wheel() -> None:
+    """pyproject.toml lists them by hand, since three are links."""
+    if not (CHECKOUT / "pyproject.toml").is_file():
+        pytest.skip("not a checkout: there is no pyproject.toml beside the package")
+    text = (CHECKOUT / "pyproject.toml").read_text()
+    listed = set(re.findall(r'^    "(kfac_triton[\w.]*)",$', text.partition("packages = [")[2].partition("]")[0], re.M))
+    folders = {folder.name for folder in (CHECKOUT / "kfac_triton").iterdir() if any(folder.glob("*.py"))}
+    assert listed == {"kfac_triton", *(f"kfac_triton.{name}" for name in folders)}
 
 
 @pytest.mark.slow

@@ -331,7 +331,7 @@ def test_a_discarded_batch_then_no_other(fisher):
     optimizer = KFAC(m, **WHOLE, fisher=fisher)
     backward(m, x, y)
     m.zero_grad()
-    assert optimizer._attached().passes.take() == []
+    assert optimizer._attached().source.passes.take() == []
     optimizer.step()
     assert optimizer.factors() == {} and optimizer.param_groups[0]["step"] == 0
 
@@ -698,7 +698,7 @@ def measured(width: int, batch: int, rounds: int = 300) -> float:
             begin = time.perf_counter()
             step(m, sgd)
             own.append(time.perf_counter() - begin)
-        optimizer._attached().passes.take()
+        optimizer._attached().source.passes.take()
     without, with_hooks = (sorted(own)[rounds // 2] for own in times)
     return with_hooks / without
 

@@ -16,13 +16,15 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 from kfac_triton import KFAC
-from kfac_triton.approximations import kronecker, temporal
-from kfac_triton.blocks.layout import Layout
-from kfac_triton.blocks.recurrent import RecurrentUse
-from kfac_triton.blocks.use import Part
 from kfac_triton.capture import Recorded, Unrolled
-from kfac_triton.fisher import SeenUse
-from kfac_triton.temporal_chain import product, transform
+from kfac_triton.fisher.sampled import SeenUse
+from kfac_triton.layer import Layer
+from kfac_triton.linalg.temporal_chain import product, transform
+from kfac_triton.operations.layout import Layout
+from kfac_triton.operations.recurrent import RecurrentUse
+from kfac_triton.operations.use import Part
+from kfac_triton.sample import Sample
+from kfac_triton.structures.temporal import moments_of_neighbours
 
 F64 = torch.float64
 LENGTHS = torch.tensor([6, 4, 4, 1])
@@ -329,8 +331,9 @@ def test_moments_of_neighbours_by_loops(steps):
     x, dys = dense.randn(n, 3), [dense.randn(n, 2, seed=s) for s in (5, 6)]
     use = RecurrentUse(Part(weight, 0, 2), None, x, steps=steps)
     seen = SeenUse(Recorded(use, None, torch.Size((n, 2))), dys, 0, steps[0])
-    own = kronecker.Statistics(Layout("recurrent"), None, [x], dys, 7.0, n, ones=False, uses=[seen])
-    A_lag, G_lag, length = temporal.moments_of_neighbours(own, F64)
+    layer = Layer(weight, None, Layout("recurrent"))
+    own = Sample(layer, [x], dys, 7.0, n, ones=False, uses=[seen])
+    A_lag, G_lag, length = moments_of_neighbours(own, F64)
     starts = [sum(steps[:t]) for t in range(len(steps))]
     A, G, pairs = torch.zeros(3, 3, dtype=F64), torch.zeros(2, 2, dtype=F64), 0
     for t in range(1, len(steps)):
@@ -389,7 +392,7 @@ def test_chains_resume_to_the_bit_and_leave_when_another_form_loads_them():
     for form in ("chain", "independent"):
         twin, other = fresh(form)
         other.load_state_dict(saved)
-        assert (temporal.stored(other.state[twin.layer.weight_hh_l0]) is None) == (form == "independent")
+        assert ("time_K_A" in other.state[twin.layer.weight_hh_l0]) == (form == "chain")
         if form == "chain":
             again = trained(twin, other, 3)
     wanted = trained(model, optimizer, 3)

@@ -14,10 +14,17 @@ from small import closure_step, data, mlp, train_step
 from torch import Tensor, nn
 
 from kfac_triton import KFAC
+from kfac_triton.late import LateRead
 from kfac_triton.schedules import Linear
+from kfac_triton.structures import buffered
 
 State = dict[str, Any]
 Change = Callable[[State], None]
+
+
+@pytest.fixture(autouse=True)
+def narrow_factors_have_rows_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffered, "NARROWEST", 1)
 
 
 def convolutional() -> nn.Sequential:
@@ -36,13 +43,13 @@ def stepped(model: nn.Module, steps: int = 3, **options: Any) -> KFAC:
 
 def identities(optimizer: KFAC) -> dict[str, Any]:
     """Every object that holds state, by identity: replaced ones would differ even with the same values."""
-    assert optimizer._curvature is not None
+    assert optimizer._estimator is not None
     return {
         "groups": [id(group) for group in optimizer.param_groups],
         "params": [id(p) for group in optimizer.param_groups for p in group["params"]],
         "state": id(optimizer.state),
         "entries": {id(p): {name: id(t) for name, t in entry.items()} for p, entry in optimizer.state.items()},
-        "blocks": {id(w): id(block) for w, block in optimizer._curvature.blocks.items()},
+        "blocks": {id(w): id(layer) for w, layer in optimizer._estimator.layers.items()},
     }
 
 
@@ -350,7 +357,7 @@ def test_what_a_state_may_hold_besides():
 def test_a_skipped_step_of_before_is_not_taken_back_from_the_loaded_count():
     optimizer = stepped(mlp())
     state = copy.deepcopy(optimizer.state_dict())
-    optimizer._uncounted = torch.tensor(False)
+    optimizer._uncounted = LateRead(torch.tensor(False))
     optimizer.load_state_dict(state)
     assert optimizer.state_dict()["param_groups"][0]["step"] == 3
 

@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kfac_triton import quadratic
 from kfac_triton.capture import Inputs, ModuleState, bare_pass
 from kfac_triton.capture.tangents import moving
 from kfac_triton.likelihoods import as_likelihood
-from kfac_triton.quadratic import FisherProducts
+from kfac_triton.steps import quadratic
+from kfac_triton.steps.quadratic import FisherProducts
 
 
 class Residual(nn.Module):

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from kfac_triton.capture import ModuleState
 from kfac_triton.capture import state as module_state
 from kfac_triton.distributed import Ranks
-from kfac_triton.objective import Objective
+from kfac_triton.steps.objective import Objective
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -148,7 +148,7 @@ def test_memory_is_what_the_state_holds():
         assert {kind: usage[kind] for kind in held} == held
 
 
-def test_the_compiled_step_takes_the_same_steps():
+def test_asking_for_graphs_changes_no_step():
     models = [chain(), chain()]
     for model, compiled in zip(models, (False, True), strict=True):
         optimizer = KFAC(model, likelihood="gaussian", lr=0.1, **{**TRI, "compile": compiled})

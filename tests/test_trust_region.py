@@ -53,10 +53,15 @@ def gradients(model: nn.Module, optimizer: KFAC, seed: int, size: float = 1.0) -
 
 @pytest.mark.parametrize("kl_clip", [1e-4, 1e2], ids=["held", "free"])
 @pytest.mark.parametrize("momentum", [0.5, 0.95])
-def test_the_recursion_is_the_quadratic_form(momentum, kl_clip):
-    """The numbers in the state against buf^T F buf of every layer, while F stays."""
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_recursion_is_the_quadratic_form(momentum, kl_clip, alike):
+    """The numbers in the state against buf^T F buf, while F stays: of every layer, or their sum if groups are alike."""
     model = network()
-    optimizer = KFAC(model, lr=0.3, momentum=momentum, damping=1e-2, kl_clip=kl_clip, **FIXED)
+    groups = [{"params": list(layer.parameters())} for layer in model if list(layer.parameters())]
+    if not alike:
+        groups.append({"params": [extra := nn.Parameter(torch.zeros(1))], "lr": 0.1})
+        model.register_parameter("extra", extra)
+    optimizer = KFAC(model, groups, lr=0.3, momentum=momentum, damping=1e-2, kl_clip=kl_clip, **FIXED)
     gradients(model, optimizer, 0)
     optimizer.step()
     blocks = damped_blocks(model, optimizer, 1e-2)
@@ -65,14 +70,17 @@ def test_the_recursion_is_the_quadratic_form(momentum, kl_clip):
         gradients(model, optimizer, step)
         before = [joint(layer) for layer, _ in blocks]
         optimizer.step()
-        total, taken = 0.0, 0.0
+        total, taken, held = 0.0, 0.0, 0.0
         for (layer, block), at in zip(blocks, before, strict=True):
             buffer = joint(tuple(optimizer.state[p]["momentum_buffer"] for p in layer))
             form = buffer @ block @ buffer
-            dense.assert_exact(optimizer.state[layer[0]]["quadratic"], form, 1e-9)
+            if not alike:
+                dense.assert_exact(optimizer.state[layer[0]]["quadratic"], form, 1e-9)
+            held += float(optimizer.state[layer[0]]["quadratic"])
             moved = joint(layer) - at
             taken = taken + float(moved @ block @ moved) / 2
             total = total + float(0.3**2 * form) / 2
+        assert 0.3**2 * held / 2 == pytest.approx(total, rel=1e-9)
         assert taken == pytest.approx(min(total, kl_clip), rel=1e-9)
         assert (taken < total * 0.9) == (kl_clip == 1e-4)
 

@@ -201,7 +201,7 @@ def test_show_writes_its_report_over_nothing_else(folder, capfd, html):
                 "--inverse-interval": ("0", "inf", "1000000000000"),
                 "--factor-fraction": ("nan", "inf", "0", "1.5"),
                 "--batch": ("0", "-1", "1000000000000"),
-                "--chunks": ("0", "1000000000000"),
+                "--chunks": ("-1", "1000000000000"),
                 "--chunk": ("0", "1000000000000"),
                 "--threads": ("0", "-1", "1000000"),
             }.items()

@@ -8,18 +8,15 @@ from __future__ import annotations
 import itertools
 import math
 from copy import deepcopy
-from dataclasses import replace
 
 import dense
 import pytest
 import torch
 from torch import nn
 
-from kfac_triton import KFAC, assembly
-from kfac_triton.blocks import layout
+from kfac_triton import KFAC
+from kfac_triton.operations import layout
 from kfac_triton.schedules import Cosine, Exponential, Schedule, WarmUp
-from kfac_triton.step_plan import Gradients
-from kfac_triton.update import step_
 
 # Layers of the model below, by the names of their parameters; widths all differ.
 LAYERS = {"0": ("0.weight", "0.bias"), "2": ("2.weight", "2.bias"), "4": ("4.weight", None)}
@@ -443,30 +440,30 @@ def test_a_model_without_any_block_is_trained_by_adamw_alone():
     adamw_beside(Scale().double(), x, torch.arange(12) % 5, {"lr": 0.03, "weight_decay": 0.0}, lr=0.3, kl_clip=1e-2)
 
 
-# A step that the device skips: it alone knows whether the gradients are finite.
+# Steps whose numbers the device alone knows: whether the gradients are finite, the bounds, the averages.
 
 
-def test_a_skipped_step_on_the_device_changes_nothing():
-    """Weight decay included, with infinite gradients; afterwards the step is not counted."""
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize(
+    "options", [{"kl_clip": 1e-3}, {"kl_clip": None}, {"momentum": 0.0}, {"kl_annealing": True}], ids=str
+)
+def test_a_skipped_step_on_the_device_changes_nothing(options, bad, as_on_a_device):
+    """Weight decay included, with gradients that are not finite; afterwards the step is not counted."""
     model, x, y = scaled()
-    optimizer = KFAC(model, likelihood="categorical", lr=0.3, momentum=0.9, weight_decay=0.1, compile=False)
+    options = {"momentum": 0.9, **options}
+    optimizer = KFAC(model, likelihood="categorical", lr=0.3, weight_decay=0.1, compile=False, **options)
     for _ in range(2):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-    parameters = list(model.parameters())
-    for p in parameters:
-        p.grad.fill_(math.inf)
+    for p in model.parameters():
+        p.grad.fill_(bad)
     before = deepcopy((model.state_dict(), dict(optimizer.state)))
-    finite, one = torch.tensor(False), torch.ones((), dtype=torch.float64)
-    gradients = Gradients(one, finite, torch.tensor(math.inf))
-    plan, *tensors = assembly.assemble(optimizer, parameters, optimizer._curvature.blocks, gradients)
-    with torch.no_grad():
-        step_(replace(plan, gated=True), *tensors)
+    optimizer.step()
     after = (model.state_dict(), dict(optimizer.state))
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
     for now, then in zip(after[1].values(), before[1].values(), strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0)
-    optimizer._uncounted = finite
-    assert optimizer.state_dict()["param_groups"][0]["step"] == 1
-    assert optimizer.state_dict()["param_groups"][0]["step"] == 1
+    assert optimizer.state_dict()["param_groups"][0]["step"] == 2
+    assert optimizer.state_dict()["param_groups"][0]["step"] == 2
+    assert optimizer.diagnostics()["skipped"] == 1

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfac_triton.arguments import COUNTERS
+from kfac_triton.config import COUNTERS
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.schedules import factor
 from kfac_triton.tuning.task import Task

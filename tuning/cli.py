@@ -168,7 +168,8 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     data: Annotated[Path | None, typer.Option(help="Folder with the data files of built-in tasks.")] = None,
     compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile K-FAC's step; default: from 30 s a trial.")
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile K-FAC's Fisher pass; default: no."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the file's name.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The tuned file's content on standard output.")] = False,

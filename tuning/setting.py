@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import kfac_triton.tuning.limits as limits
-from kfac_triton.arguments import APPROXIMATIONS, FISHERS
+from kfac_triton.config import APPROXIMATIONS, FISHERS
 from kfac_triton.schedules import Cosine, Exponential, Linear, Schedule, WarmUp
 from kfac_triton.tuning.errors import Mistake
 from kfac_triton.tuning.schedules import SHAPES

@@ -46,7 +46,6 @@ from kfac_triton.tuning.trainer import Point, evaluate
 from kfac_triton.tuning.trials import HOST, REACHED, Result, Trials
 
 ORDINALS = ("first", "second", "third")  # what the starts of a baseline are called
-COMPILED_FROM = 30.0  # seconds of a run: shorter ones would mostly compile
 TILE_SECONDS = 900.0  # of a timeout that must be left for kernel tiles to be measured
 EVALUATING = 0.2  # of a run's seconds, at most, in evaluations
 KEPT_FOR_THE_END = 0.5  # of a timeout, at most, for leaders and held-out seeds
@@ -127,7 +126,7 @@ def tune(
         seed, seeds: of the search, and how many held-out ones.
         baselines: tuned with the same budget and run on the same seeds.
         prune: "auto", or one of the pruners of `search.pruner`.
-        compile: K-FAC's step; by default in trials of 30 s and more.
+        compile: K-FAC's Fisher pass; not by default.
         tiles: on a GPU, measure kernel tiles for the task's shapes too.
         begun: when the time began, on the monotonic clock; by default now.
         note, watch: told in words what begins and what came out of it, and of each phase, trial and run
@@ -215,7 +214,7 @@ class Tuning:
         self.seeds = asked["seeds"]
         self.tiles: str | None = None
         compile = asked["compile"]
-        self.compile = self.plan.seconds >= COMPILED_FROM if compile is None else compile
+        self.compile = bool(compile)
         self.studies = {name: self._study(name) for name in ("kfac", *self.plan.baselines)}
         self.ready = time.monotonic()
 

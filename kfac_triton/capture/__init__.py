@@ -5,7 +5,7 @@ known weight.
 gradients. `uses`: which functions use which weights; `recorded`: what it notes of a use; `custom`: uses by layers with
 blocks of the user's own; `unrolled`: layers as the functions they are made of; `paths`: the uses that no function call
 shows. `taps`: x and dL/dy in the user's own passes. `passes`, `replay`: the surroundings of K-FAC's own pass.
-`patches`: what it changes in torch, per thread. `tensors`: tensors of any layout.
+`patches`: what it changes in torch, per thread. `tensors`: tensors of any layout. `traced`: uses of weights in graphs.
 """
 
 from kfac_triton.capture.calls import Call, Listener
@@ -15,34 +15,41 @@ from kfac_triton.capture.gradients import Destination
 from kfac_triton.capture.inputs import Autocast, Inputs, sweep_inert
 from kfac_triton.capture.ledger import Ledger
 from kfac_triton.capture.passes import bare_pass, changed_outputs, closure_pass, watched_calls
-from kfac_triton.capture.patches import alone, backward_calls, uncheckpointed
+from kfac_triton.capture.patches import alone, backward_calls, traced_gradients, uncheckpointed
 from kfac_triton.capture.paths import UnseenUses
 from kfac_triton.capture.recorded import Recorded, Uses
 from kfac_triton.capture.replay import Replay
 from kfac_triton.capture.state import ModuleState, Opening
 from kfac_triton.capture.taps import ModuleTaps, module_use
 from kfac_triton.capture.tensors import dense
-from kfac_triton.capture.unrolled import Unrolled
+from kfac_triton.capture.traced import FOLLOWED, Followed, NotTraceable, TracedPass, TracedUse
+from kfac_triton.capture.unrolled import Unrolled, attention_body
 from kfac_triton.capture.uses import MATCHERS, UseRecorder, unseen_uses
 
 __all__ = [
+    "FOLLOWED",
     "MATCHERS",
     "Autocast",
     "Call",
     "Destination",
+    "Followed",
     "Inputs",
     "Ledger",
     "Listener",
     "ModuleState",
     "ModuleTaps",
+    "NotTraceable",
     "Opening",
     "Recorded",
     "Replay",
+    "TracedPass",
+    "TracedUse",
     "Unrolled",
     "UnseenUses",
     "UseRecorder",
     "Uses",
     "alone",
+    "attention_body",
     "backward_calls",
     "bare_pass",
     "changed_outputs",
@@ -52,6 +59,7 @@ __all__ = [
     "dense",
     "module_use",
     "sweep_inert",
+    "traced_gradients",
     "uncheckpointed",
     "unseen_uses",
     "watched_calls",

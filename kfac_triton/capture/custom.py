@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.blocks.custom import CustomUse, LayerBlock
 from kfac_triton.capture.uses import UseRecorder
+from kfac_triton.operations.custom import CustomUse, LayerBlock
 
 
 def custom_layers(

@@ -51,6 +51,11 @@ class Hearing:
             if p.requires_grad and p not in self._parameters:
                 self._parameters[p] = p.register_post_accumulate_grad_hook(self._accumulated)
 
+    @property
+    def on_parameters(self) -> bool:
+        """Whether there are hooks on parameters."""
+        return bool(self._parameters)
+
     def learn(self, beginnings: Iterable[nn.Module], parameters: Sequence[nn.Parameter]) -> bool:
         """A step saw calls of these modules. Returns whether others may have been called that were not heard."""
         called = set(beginnings)

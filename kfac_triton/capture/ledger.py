@@ -38,6 +38,7 @@ from kfac_triton.capture.inputs import Autocast, Hooks, Inputs
 from kfac_triton.capture.patches import own_pass_running
 from kfac_triton.capture.state import ModuleState
 from kfac_triton.capture.tensors import nbytes
+from kfac_triton.capture.traced import TracedPass
 from kfac_triton.distributed import wrapper_in_forward
 
 log = logging.getLogger("kfac_triton")
@@ -70,10 +71,11 @@ class Ledger(Hooks):
     `paused`: a backward pass of K-FAC's own runs through the user's graph, which is none of the user's. `wrapper`: the
     DistributedDataParallel whose forward pass made the last call. `changed()` calls `follow` if there are other
     parameters now. `on_outputs`, while it is there, may name a tensor in what a call returned and what is to receive
-    its gradient.
+    its gradient. `graph`, while it is there, hears of calls in compiled code in the ledger's place.
     """
 
     on_outputs: Callable[[Inputs, Any], tuple[Tensor, Callable[[Tensor], None]] | None] | None = None
+    graph: TracedPass | None = None
 
     def __init__(
         self,
@@ -116,6 +118,16 @@ class Ledger(Hooks):
         self._hearing.close()
         self.reset()
 
+    @property
+    def hears_gradients(self) -> bool:
+        """Whether parameters have hooks of the ledger's."""
+        return self._hearing.on_parameters
+
+    @property
+    def hides_outputs(self) -> bool:
+        """Whether calls returned no tensor, or ran in compiled code: then these hooks stay."""
+        return self._hearing.hides or self._hearing.compiles
+
     # ------------------------------------------------------------------------------------------------------- forward
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -130,7 +142,7 @@ class Ledger(Hooks):
         if not here.open and self._begins(module):
             self.wrapper = wrapper_in_forward() or self.wrapper
             opening = self._state.opening(args, kwargs)
-            inputs = Inputs(module, args, kwargs, self._autocast(), self._listener.begun(), opening)
+            inputs = Inputs(module, args, kwargs, self.autocast(), self._listener.begun(), opening)
             here.call = Call(inputs, ancestors_of(inputs, here.made))
             self._inside_eager = True
             self._listener.opened(here.call)
@@ -180,17 +192,21 @@ class Ledger(Hooks):
         if root is not None:
             root.register_hook(functools.partial(self._arrived, call, root.output_nr))
 
-    def _autocast(self) -> tuple[Autocast, ...]:
+    def autocast(self) -> tuple[Autocast, ...]:
+        """The autocast states of this moment."""
         return tuple(
             Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in self._device_types
         )
 
     def _before_compiled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.graph is not None:
+            self.graph.before(module, args, kwargs, self.autocast())
+            return
         if self._counts_compiled():
             self.wrapper = wrapper_in_forward() or self.wrapper
             received = containers_copied(args), containers_copied(kwargs)
-            call = CompiledCall(module, *received, self._autocast(), self._listener.begun())
+            call = CompiledCall(module, *received, self.autocast(), self._listener.begun())
             self._compiled = (*self._compiled[1:], call)
         self._inside_compiled += 1
 
@@ -200,6 +216,9 @@ class Ledger(Hooks):
         return outermost and not torch.compiler.is_exporting()
 
     def _after_compiled(self, returned: Any) -> None:
+        if self.graph is not None:
+            self.graph.after(returned)
+            return
         self._inside_compiled -= 1
         if self._counts_compiled():
             call = self._compiled[-1]

@@ -17,24 +17,25 @@ from kfac_triton.capture.state import ModuleState, Opening
 
 
 @contextmanager
-def bare_pass(state: ModuleState, inputs: Inputs, seed: int | Opening) -> Iterator[Replay]:
+def bare_pass(state: ModuleState, inputs: Inputs, seed: int | Opening, *, compiled: bool = False) -> Iterator[Replay]:
     """The surroundings of a pass of K-FAC's own on `inputs`, which begins with `Replay.start`.
 
     Eager, gradients on, the autocast state of the user's pass, activation checkpointing of the re-entrant kind passed
     over. Random numbers are those of `seed`, or with an opening those of the user's pass, which begins there if
-    `inputs` has no opening of its own.
+    `inputs` has no opening of its own. `compiled`: it is a graph, in which nothing draws from
+    torch's generators.
     """
     opening = inputs.opening
     if isinstance(seed, Opening):
         opening = opening or seed
     with (
         own_pass(),
-        eager(),
+        nullcontext() if compiled else eager(),
         torch.enable_grad(),
         without_reentrant_checkpoints(),
         kept_gradients(),
         _autocast(inputs.autocast),
-        replayed(state, opening, None if isinstance(seed, Opening) else seed) as replay,
+        replayed(state, opening, None if isinstance(seed, Opening) else seed, draws=not compiled) as replay,
     ):
         yield replay
 

@@ -178,6 +178,23 @@ def _no_checkpoint(original: Callable[..., Any], *args: Any, **kwargs: Any) -> I
     yield
 
 
+@contextmanager
+def traced_gradients() -> Iterator[None]:
+    """In here dynamo follows backward passes, and what it read of `.grad` there is no part of later graphs.
+
+    Dynamo has one None, True and False for all graphs. Where it reads a gradient that is None, torch 2.14 notes on its
+    None that it came from there, and every later graph of the process would read that gradient where it means None.
+    """
+    try:
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            yield
+    finally:
+        for name in ("NONE", "TRUE", "FALSE"):
+            constant = getattr(torch._dynamo.variables.constant, f"CONSTANT_VARIABLE_{name}", None)
+            if constant is not None:
+                constant.source = None
+
+
 # ---------------------------------------------------------------------------------------------------------- gradients
 
 

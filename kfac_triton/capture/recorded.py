@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from kfac_triton.blocks.use import Use
 from kfac_triton.capture.tensors import packed
+from kfac_triton.operations.use import Use
 
 # A GradientEdge from a tuple of its fields without a Python call; behind node and output_nr come those with a default.
 edge_from: Callable[[tuple[Any, ...]], GradientEdge] = partial(tuple.__new__, GradientEdge)

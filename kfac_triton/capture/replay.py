@@ -30,11 +30,11 @@ RESCALED = {"rtol": 1e-4, "atol": 1e-6}  # how little a weight changes that a bo
 
 
 @contextmanager
-def replayed(state: ModuleState, opening: Opening | None, seed: int | None) -> Iterator[Replay]:
+def replayed(state: ModuleState, opening: Opening | None, seed: int | None, *, draws: bool = True) -> Iterator[Replay]:
     """Surrounds a pass of K-FAC's own, which calls `start` before it runs the model.
 
     `opening`: where the user's pass began; None: as the module is now. `seed`: of torch's global generators; None: as
-    they were when the user's pass began.
+    they were when the user's pass began. `draws`: whether the pass may draw from these at all.
 
     Raises:
         RuntimeError: the forward pass writes to a trained parameter, or it wrote to the input of the user's pass.
@@ -42,7 +42,7 @@ def replayed(state: ModuleState, opening: Opening | None, seed: int | None) -> I
     if opening is not None and opening.lost:
         raise RuntimeError(_LOST.format(type(state.root).__name__))
     state.refresh()
-    replay = Replay(state, opening, seed)
+    replay = Replay(state, opening, seed, draws=draws)
     try:
         if replay.first_draw is None:
             yield replay
@@ -66,7 +66,7 @@ def replayed(state: ModuleState, opening: Opening | None, seed: int | None) -> I
 class Replay:
     """One pass of K-FAC's own through the root of `state`, or a part of it."""
 
-    def __init__(self, state: ModuleState, opening: Opening | None, seed: int | None) -> None:
+    def __init__(self, state: ModuleState, opening: Opening | None, seed: int | None, *, draws: bool) -> None:
         self._state, self._opening = state, opening
         self._before: list[tuple[Owner, dict[str, Any]]] = [
             (owner, dict(owner)) for owner in (*state.owners, *state.places)
@@ -83,7 +83,7 @@ class Replay:
         self._requires_grad = [(p, p.requires_grad) for p in (*state.parameters, *elsewhere)]
         self._weights = self._trained_weights()
         self._others, self._others_set = OtherGenerators.now(), False
-        perhaps = opening is None or opening.drew is not False
+        perhaps = draws and (opening is None or opening.drew is not False)
         self._draws = TorchDraws(state.device, _beginning(opening, seed, state.device), surely=perhaps and state.draws)
         self.first_draw = FirstDraw(self._draws) if perhaps and not state.draws else None
 

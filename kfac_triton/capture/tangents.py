@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kfac_triton.blocks import recurrent
+from kfac_triton.operations import recurrent
 from kfac_triton.tangents import COMPOSED, CONSTANTS, KEY, RULES
 
 PASS = "_kfac_pass"  # the attribute that says in which pass a tensor got its tangents

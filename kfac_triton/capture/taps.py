@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_triton.blocks import conv, linear
-from kfac_triton.blocks.use import Part, Use
 from kfac_triton.capture.inputs import Hooks
 from kfac_triton.capture.ledger import transformed
 from kfac_triton.capture.patches import own_pass_running
+from kfac_triton.operations import conv, linear
+from kfac_triton.operations.use import Part, Use
 
 
 class _Tap(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kfac_triton.blocks import recurrent
+from kfac_triton.operations import recurrent
 
 
 def attention_body() -> Callable[..., Any]:

@@ -20,13 +20,13 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from kfac_triton.blocks import conv, embedding, linear, norm, recurrent
-from kfac_triton.blocks.linear import LinearUse
-from kfac_triton.blocks.use import Part, Use, part_from, part_of
 from kfac_triton.capture.paths import DERIVATIVES, Call, UnseenUses, call_from, nodes_of
 from kfac_triton.capture.recorded import DEFAULTS, Recorded, Uses, edge_from
 from kfac_triton.capture.tensors import packed, tensors_in
 from kfac_triton.capture.unrolled import attention_body
+from kfac_triton.operations import conv, embedding, linear, norm, recurrent
+from kfac_triton.operations.linear import LinearUse
+from kfac_triton.operations.use import Part, Use, part_from, part_of
 
 MATCHERS: dict[Any, Callable[..., Use | list[Use] | None]] = {
     **linear.MATCHERS,

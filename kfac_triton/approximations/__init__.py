@@ -1,1 +1,0 @@
-"""Approximations of the Fisher matrix: one structure a file."""

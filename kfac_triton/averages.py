@@ -1,0 +1,225 @@
+"""The rule of all running averages of the curvature: how far each moves, and which samples stay out.
+
+    F <- beta F + (1 - beta) new,    beta = min(1 - 1/k, decay) at the k-th update
+
+A flat mean over the first 1 / (1 - decay) updates, an exponential one after; nothing but data enters it (Martens &
+Grosse 2015, section 5). A sample that is not finite, or far larger than those before, stays out: one batch that is a
+thousand times larger would stand in the averages for hundreds of updates, and hold its layer still. A lasting change is
+let in after some updates, since what is usual moves towards it with each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kfac_triton.distributed import Ranks
+from kfac_triton.joint import Stack
+from kfac_triton.late import LateRead
+from kfac_triton.layer import Layer
+from kfac_triton.numbers import Numbers, library, numbers, on_host, shared
+from kfac_triton.sample import Sample
+from kfac_triton.structures.base import Moves
+
+# Times the usual size of a batch's second moments, beyond which it stays out. Under a confident model the gradients of
+# few examples make up most of the Fisher: one in 64 whose class had a probability of 4e-4 is no outlier yet.
+OUTLIER, OUTLIER_GRADIENTS = 1e2, 1e5
+# Times the usual size, what an outlier counts for in what is usual.
+LASTING = 20.0
+
+NAMES = ("factor_updates", "A_size", "G_size")
+
+
+class _Counts(NamedTuple):
+    """Numbers (layers,) of the samples of one update: whether there is one, its loss terms, its rows, and the largest
+    beta; `divisors` (2, layers): terms and rows, at least 1. `alike`: every layer has one, alone among ranks, and all
+    numbers are the same."""
+
+    given: Numbers
+    terms: Numbers
+    rows: Numbers
+    decays: Numbers
+    divisors: Numbers
+    alike: bool
+
+
+class Averages:
+    """Numbers by layer: `updates` (layers,) and the usual `sizes` (2, layers) of A and G, in fixed memory."""
+
+    def __init__(self, stacks: Sequence[Stack], ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._stacks = stacks
+        self._layers: list[Layer] = [layer for stack in stacks for layer in stack.layers]
+        self._refused: LateRead | None = None
+        if not stacks:
+            return
+        count, device = len(self._layers), stacks[0].device
+        dtype = torch.float64 if any(stack.dtype == torch.float64 for stack in stacks) else torch.float32
+        self.updates = torch.zeros(count, dtype=torch.float32, device=device)
+        self.sizes = torch.zeros(2, count, dtype=dtype, device=device)
+        self.norms = torch.zeros(2, count, dtype=dtype, device=device)
+        self._places: tuple[Any, list[int]] = (None, [])
+        scales = [layer.layout.operation == "scale" for layer in self._layers]
+        limits = [[OUTLIER_GRADIENTS if scale else OUTLIER for scale in scales], [OUTLIER_GRADIENTS] * count]
+        self._limits = shared(torch.tensor(limits, dtype=torch.float64, device=device))
+        self._one = shared(torch.ones(count, dtype=torch.float64, device=device))  # in whose precision betas are made
+        self._counts: tuple[Any, _Counts] | None = None
+
+    def tensors(self, i: int) -> dict[str, Tensor]:
+        """What the state of a layer holds of them."""
+        return dict(zip(NAMES, (self.updates[i], self.sizes[0, i], self.sizes[1, i]), strict=True))
+
+    def restore(self, stored: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over stored states, in the order of the layers."""
+        for i, own in enumerate(stored):
+            for name, t in self.tensors(i).items():
+                if name in own:
+                    t.copy_(torch.as_tensor(own[name]))
+
+    def updated(self, numbers: slice) -> list[bool]:
+        """Which layers have had an update; on a device those that have had one at all are taken for such."""
+        if on_host(self.updates.device):
+            found: list[bool] = (shared(self.updates)[numbers] > 0).tolist()
+            return found
+        return [True] * (numbers.stop - numbers.start)
+
+    def measure_(
+        self, stacked: Sequence[bool], rows: Sequence[Tensor], samples: Sequence[Sequence[Sample | None]]
+    ) -> None:
+        """Writes the norms of the rows of all samples; `rows` are those of the stacks that are `stacked`, first the a
+        and then the g of all of its layers."""
+        if rows:
+            norms = torch.stack(torch._foreach_norm(list(rows), 2, dtype=self.norms.dtype))
+            if self._places[0] != stacked:
+                self._places = stacked, self._places_of(stacked)
+            shared(self.norms).reshape(-1)[self._places[1]] = shared(norms)
+        for stack, whole, own in zip(self._stacks, stacked, samples, strict=True):
+            for i, one in enumerate(() if whole else own):
+                if one is not None:
+                    for norms, size in zip(self.norms, one.sizes(), strict=True):
+                        norms[stack.first + i] = size.sqrt()
+
+    def _places_of(self, stacked: Sequence[bool]) -> list[int]:
+        """Where the norms of rows go."""
+        count, found = len(self._layers), []
+        for stack, whole in zip(self._stacks, stacked, strict=True):
+            own = range(stack.first, stack.first + len(stack.layers)) if whole else ()
+            found += [*own, *(count + i for i in own)]
+        return found
+
+    def moves(self, samples: Sequence[Sequence[Sample | None]], decay: Sequence[float]) -> list[Moves]:
+        """How the averages of each stack move, from the samples by stack and the `norms` of their rows; counts them."""
+        counts = self._counted([own for stack in samples for own in stack], decay)
+        xp, norms = library(self.updates.device), shared(self.norms)
+        new = norms * norms / counts.divisors
+        usual = self._usual_moves(new, counts) if on_host(self.updates.device) else None
+        if usual is not None:
+            vectors, uniform = usual
+        else:
+            vectors = self._checked_moves(xp, new, counts)
+            uniform = _uniform(vectors) if on_host(self.updates.device) else None
+        return [self._of_stack(stack, vectors, decay, uniform) for stack in self._stacks]
+
+    def _usual_moves(self, new: Numbers, counts: _Counts) -> tuple[tuple[Numbers, ...], Any] | None:
+        """The same as `_checked_moves` where every layer has a good sample, the same history and as many rows; else
+        None."""
+        updates, sizes = shared(self.updates), shared(self.sizes)
+        k = float(updates[0]) + 1
+        # a comparison with what is no number is false
+        if not counts.alike or k == 1 or not ((new < self._limits * sizes).all() and (updates == updates[0]).all()):
+            return None
+        beta = min(1 - 1 / k, counts.decays[0])
+        sizes *= beta
+        sizes += (1 - beta) * new
+        updates += 1
+        share = 1 - beta
+        numbers = beta, share, share / counts.terms[0], share / counts.rows[0]
+        vectors = tuple([np.full(len(updates), number) for number in numbers])
+        return (*vectors, counts.given), (beta, numbers[2], numbers[3])
+
+    def _checked_moves(self, xp: Any, new: Numbers, counts: _Counts) -> tuple[Numbers, ...]:
+        """(beta, share, alpha_A, alpha_G, ok) by layer."""
+        given, terms, rows, decays = counts.given, counts.terms, counts.rows, counts.decays
+        updates, sizes = shared(self.updates), shared(self.sizes)
+        finite = xp.isfinite(new)
+        known = sizes * 1.0
+        outlier = (known > 0) & (new > self._limits * known)
+        beta = xp.minimum(1 - 1 / (updates + self._one), decays)
+        counted = xp.where(outlier, LASTING * known, new)
+        usual = xp.where(known > 0, beta * known + (1 - beta) * counted, counted)
+        sizes[...] = xp.where(finite & given, usual, known)
+        ok = given & finite.all(0) & ~outlier.any(0) & (terms > 0) & (rows > 0)
+        ok = self._agreed(ok)
+        self._refused = self._note(given & ~(finite & ~outlier).all(0), finite.all(0))
+        updates += ok
+        beta = xp.where(ok, xp.minimum(1 - self._one / updates.clip(1.0, None), decays), 1.0)
+        share = 1 - beta
+        return beta, share, share / terms.clip(1.0, None), share / rows.clip(1.0, None), ok
+
+    def _counted(self, samples: Sequence[Sample | None], decay: Sequence[float]) -> _Counts:
+        """The counts of samples, kept while they are the same numbers."""
+        terms = [0 if own is None else own.terms for own in samples]
+        rows = [0 if own is None else own.rows for own in samples]
+        key = terms, rows, list(decay), [own is None for own in samples]
+        on_device = any([isinstance(n, Tensor) for n in (*terms, *rows)])
+        if on_device or self._counts is None or self._counts[0] != key:
+            self._counts = key, self._made(*key, alike=not on_device and all([len(set(n)) == 1 for n in key]))
+        found: _Counts = self._counts[1]
+        return found
+
+    def _made(
+        self, terms: list[Any], rows: list[Any], decay: list[float], missing: list[bool], *, alike: bool
+    ) -> _Counts:
+        device = self.updates.device
+        given = shared(~torch.tensor(missing, device=device))
+        L, n, decays = (numbers(values, device) for values in (terms, rows, decay))
+        divisors = library(device).stack([L, n]).clip(1.0, None)
+        alone = not self._ranks.active and not missing[0] and bool(alike) and terms[0] > 0 and rows[0] > 0
+        return _Counts(given, L, n, decays, divisors, alike and alone)
+
+    def _agreed(self, ok: Numbers) -> Numbers:
+        """Which samples are good on all ranks."""
+        if not self._ranks.active:
+            return ok
+        flags = torch.as_tensor(ok)
+        self._ranks.all_agree_(flags)
+        return shared(flags)
+
+    def _of_stack(
+        self, stack: Stack, vectors: tuple[Numbers, ...], decay: Sequence[float],
+        uniform: tuple[float, float, float] | None,
+    ) -> Moves:  # fmt: skip
+        own = tuple([vector[stack.numbers] for vector in vectors])
+        if uniform is None and on_host(self.updates.device):
+            uniform = _uniform(own)
+        return Moves(own[:4], own[4], decay[stack.numbers], uniform, stack)
+
+    def _note(self, refused: Numbers, finite: Numbers) -> LateRead | None:
+        if on_host(self.updates.device) and not refused.any():
+            return None
+        return LateRead(torch.stack([torch.as_tensor(refused), torch.as_tensor(finite)]))
+
+    def report(self, tell: Callable[[Layer, bool], None]) -> None:
+        """Calls `tell(layer, finite)` for every sample of the last update that was not finite, or far too large.
+
+        On a device it is known late: asked before the next update, it waits for none of the work after the last.
+        """
+        if self._refused is None:
+            return
+        refused, finite = self._refused.values()
+        self._refused = None
+        for layer, out, fine in zip(self._layers, refused, finite, strict=True):
+            if out:
+                tell(layer, fine)
+
+
+def _uniform(vectors: tuple[Numbers, ...]) -> tuple[float, float, float] | None:
+    """(beta, alpha_A, alpha_G) where all layers have the same."""
+    beta, _, alpha_A, alpha_G, ok = vectors
+    found = float(beta[0]), float(alpha_A[0]), float(alpha_G[0])
+    same = ok.all() and (beta == beta[0]).all() and (alpha_A == alpha_A[0]).all() and (alpha_G == alpha_G[0]).all()
+    return found if same else None

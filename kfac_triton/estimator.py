@@ -1,0 +1,342 @@
+"""The curvature of one model: its layers, their structures in fixed memory, and when both are renewed.
+
+The tensors of a layer appear in the optimizer's state under the weight: views of the memory that structures hold for
+all layers of one shape.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_triton.averages import Averages
+from kfac_triton.config import APPROXIMATIONS, check_sharing
+from kfac_triton.coverage import Coverage
+from kfac_triton.distributed import Ranks
+from kfac_triton.fisher.source import Observed, Source
+from kfac_triton.joint import stacked
+from kfac_triton.layer import Layer, described, description
+from kfac_triton.sample import Sample
+from kfac_triton.steps.damping import factored_damping
+from kfac_triton.structures.base import Moves, Structure
+from kfac_triton.structures.kronecker import Kronecker
+from kfac_triton.structures.registry import structure_of
+from kfac_triton.structures.tridiagonal import Chain, Place
+
+log = logging.getLogger("kfac_triton")
+
+PASSING = {f"{side}_{name}" for side in "AG" for name in ("rows", "weights", "kept", "waiting", "lag")}  # may go again
+
+State = MutableMapping[Any, dict[str, Any]]
+
+
+class CurvatureEstimator:
+    """Layers of a model with their curvature.
+
+    `layers`: by weight, in the order of the memory. `group_numbers`: the group of every parameter, by id. `version` and
+    `grouping` count the changes of the memory and of the groups, after which views and lists are made anew.
+    """
+
+    def __init__(self, source: Source, state: Callable[[], State]) -> None:
+        self.source, self.settings = source, source.settings
+        self.layers: dict[nn.Parameter, Layer] = {}
+        self.structures: list[Structure] = []
+        self.chain: Chain | None = None
+        self.coverage = Coverage(source)
+        self.version = 0
+        self._state_of = state
+        self._places: dict[nn.Parameter, tuple[int, int]] = {}
+        self._averages = Averages([], source.ranks)
+        self._found: object = None
+        self._order: list[tuple[int, int]] = []
+        self.group_numbers: dict[int, int] = {}
+        self.grouping = 0
+        self._groups_of_layers: list[int] = []
+        self._all_ready = False
+        self._held: list[Any] = []
+        self._chained: list[int] = []
+        self._said: set[str] = set()
+        check_sharing(self.settings.weight_sharing, source.names.values())
+
+    @property
+    def _state(self) -> State:
+        """The optimizer's, which loading a checkpoint replaces."""
+        return self._state_of()
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.source.ranks
+
+    @property
+    def names(self) -> dict[nn.Parameter, str]:
+        return self.source.names
+
+    def adopt(self, layers: Iterable[Layer]) -> None:
+        """Makes the memory anew for these layers; what the state holds of each goes into it.
+
+        Their order is the module's, whatever was seen first, so that a resumed run adds up numbers in the same order.
+        """
+        by_weight = {layer.weight: layer for layer in layers}
+        ordered = [by_weight[p] for p in self.names if p in by_weight]
+        stacks = stacked(ordered, rows_wait=self.settings.fisher != "empirical")
+        settings, state = self.settings, self._state
+        self.layers = {layer.weight: layer for stack in stacks for layer in stack.layers}
+        self._places = {
+            layer.weight: (number, member)
+            for number, stack in enumerate(stacks)
+            for member, layer in enumerate(stack.layers)
+        }
+        self.structures = [
+            structure_of(stack, self.ranks, settings.approximation, settings.temporal) for stack in stacks
+        ]
+        stored = [[state.get(layer.weight, {}) for layer in stack.layers] for stack in stacks]
+        for structure, own in zip(self.structures, stored, strict=True):
+            structure.restore(own)
+        self._averages = Averages(stacks, self.ranks)
+        self._averages.restore([one for own in stored for one in own])
+        self._make_chain()
+        self._groups_of_layers = [self.group_numbers[id(weight)] for weight in self.layers]
+        self._found, self._held, self._all_ready = None, [], False
+        self.version += 1
+        self.write_state()
+
+    def extend(
+        self,
+        parameters: list[nn.Parameter],
+        groups: Sequence[Mapping[str, Any]],
+        replaced: Mapping[nn.Parameter, nn.Parameter],
+        reshaped: set[nn.Parameter],
+    ) -> None:
+        """Takes in what changed in the groups or in the module; `parameters` are all that are left or new.
+
+        The state of parameters that left or were reshaped goes, and so does the layer of such a weight; those that were
+        `replaced` have theirs already.
+        """
+        self.source.extend(parameters, replaced)
+        here, known = set(parameters) - reshaped, self.names.keys() - reshaped
+        layers = [
+            Layer(replaced.get(w, w), None if own.bias is None else replaced.get(own.bias, own.bias), own.layout)
+            for w, own in self.layers.items()
+        ]
+        kept = [own for own in layers if own.weight in here and (own.bias is None or own.bias in known)]
+        if len(kept) < len(layers) and self.settings.approximation == "tridiagonal":
+            kept, self.source.chain = [], ()  # what links the layers that stay goes through those that left
+        gone = {own.weight for own in layers} | {p for p in self._state if isinstance(p, Tensor) and p not in here}
+        for p in gone - {own.weight for own in kept}:
+            self._state.pop(p, None)
+        self.layers = {}
+        self.regroup(groups)
+        self.adopt(kept)
+
+    def restore(self) -> None:
+        """The layers that a loaded state describes."""
+        parameters, layers = list(self.source.module.parameters()), []
+        chained = []
+        for weight in self.names:
+            stored = self._state.get(weight, {})
+            if "operation" not in stored:
+                continue
+            if not stored["factor_updates"] > 0 and "exp_avg" not in stored:  # it was prepared, and never trained
+                stored.clear()
+                continue
+            layout = described(stored)
+            layers.append(Layer(weight, parameters[int(stored["bias"])] if layout.bias else None, layout))
+            if "chain" in stored:
+                chained.append((int(stored["chain"]), weight))
+        if self.settings.approximation == "tridiagonal":
+            self.source.chain = tuple(weight for _, weight in sorted(chained, key=lambda pair: pair[0]))
+            self._chained = [id(w) for w in self.source.chain]
+        self.coverage.observed = bool(layers)
+        self.adopt(layers)
+
+    def _make_chain(self) -> None:
+        """The links of a tridiagonal form, once all layers of its chain are there."""
+        self.chain = None
+        weights = self.source.chain
+        if not weights or any(w not in self._places for w in weights):
+            return
+        places = []
+        for number, member in (self._places[w] for w in weights):
+            structure = self.structures[number]
+            assert isinstance(structure, Kronecker)
+            places.append(Place(number, structure, member))
+        self.chain = Chain(places, self.ranks)
+        self.chain.restore([self._state.get(w, {}) for w in weights])
+
+    def write_state(self) -> None:
+        """Puts views of the memory into the state, where what there is to see has changed."""
+        held = [structure.shown() for structure in self.structures] + [self.chain is not None and self.chain.linked]
+        if held == self._held:
+            return
+        parameters = {id(p): i for i, p in enumerate(self.source.module.parameters())}
+        places = {} if self.chain is None else {w: i for i, w in enumerate(self.source.chain)}
+        for i, (weight, layer) in enumerate(self.layers.items()):
+            number, member = self._places[weight]
+            entry = self._state[weight]
+            for name in [name for name in entry if name in PASSING or name.startswith("time_")]:
+                del entry[name]
+            index = -1 if layer.bias is None else parameters.get(id(layer.bias), -1)
+            entry |= description(layer.layout, index, APPROXIMATIONS.index(self.settings.approximation))
+            entry |= self._averages.tensors(i)
+            entry |= self.structures[number].tensors(member)
+            if weight in places and self.chain is not None:
+                entry |= self.chain.tensors(places[weight])
+        self._held = held
+
+    def ready(self, weight: nn.Parameter) -> bool:
+        """Whether there is something to precondition the gradient of a weight with."""
+        number, member = self._places[weight]
+        return self.structures[number].ready[member] and self.linked
+
+    def updated(self, weight: nn.Parameter) -> bool:
+        """Whether the factors of a weight have had an update."""
+        number, member = self._places[weight]
+        return bool(self._averages.updates[self.structures[number].stack.first + member] > 0)
+
+    @property
+    def linked(self) -> bool:
+        """Whether every layer of a chain has its link, or there is no chain."""
+        return self.chain is None or self.chain.linked
+
+    def place(self, weight: nn.Parameter) -> tuple[int, int]:
+        """The number of the stack of a weight, and which member of it the weight is."""
+        return self._places[weight]
+
+    def regroup(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Takes in which parameters the optimizer's groups hold."""
+        self.group_numbers = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        self._groups_of_layers = [self.group_numbers[id(weight)] for weight in self.layers]
+        self.grouping += 1
+
+    def update_(self, observed: Observed, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Moves the averages of layers towards what was observed of them, of those whose group is due."""
+        self._averages.report(self._warn_of_sample)
+        samples = self._common(list(observed.samples))
+        if self._found is not observed.found or self.ranks.active:
+            self._take_in(observed, samples)
+        by_stack: list[list[Sample | None]] = [[None] * len(one.ready) for one in self.structures]
+        due = [group["step"] % group["factor_interval"] == 0 for group in groups]
+        for own, (number, member) in zip(samples, self._order, strict=True):
+            if due[self.group_numbers[id(own.layer.weight)]]:
+                by_stack[number][member] = own
+        if any([own is not None for stack in by_stack for own in stack]):
+            self._average_(by_stack, groups)
+            self.write_state()
+
+    def _common(self, samples: list[Sample]) -> list[Sample]:
+        """Those of layers that every rank has seen."""
+        if not self.ranks.active:
+            return samples
+        seen, parameters = {own.layer.weight for own in samples}, self.source.parameters
+        everywhere = self.ranks.common([p in seen for p in parameters], parameters[0].device)
+        common = {p for p, flag in zip(parameters, everywhere, strict=True) if flag}
+        return [own for own in samples if own.layer.weight in common]
+
+    def _take_in(self, observed: Observed, samples: Sequence[Sample]) -> None:
+        """Makes room for layers that are new or are used in another way, and remembers why others have no block."""
+        self.coverage.note(observed.found.reasons, list(self.layers.values()), samples)
+        kept = {w: layer for w, layer in self.layers.items() if w not in self.coverage.reasons}
+        found = {own.layer.weight: own.layer for own in samples}
+        changed = {w: layer for w, layer in found.items() if not layer.is_like(kept.get(w))}
+        chained = [id(w) for w in self.source.chain] != self._chained
+        for p in {*self.coverage.reasons, *changed, *(layer.bias for layer in changed.values())}:
+            if p is not None and ("operation" in self._state.get(p, {}) or p not in self.coverage.reasons):
+                self._state[p].clear()
+        if changed or chained or len(kept) < len(self.layers):
+            self.adopt({**kept, **changed}.values())
+            self._chained = [id(w) for w in self.source.chain]
+        self._order = [self._places[own.layer.weight] for own in samples]
+        self._found = observed.found
+
+    def _average_(self, samples: list[list[Sample | None]], groups: Sequence[Mapping[str, Any]]) -> None:
+        counts = [[0 if one is None else one.plain() for one in own] for own in samples]
+        rooms = [one.room(n) for one, n in zip(self.structures, counts, strict=True)]
+        into: list[Tensor] = []
+        rows: list[Any] = []
+        for room, own in zip(rooms, samples, strict=True):
+            if room is not None:
+                into += [*room[0].parts, *room[1].parts]
+                rows += [one.a[0] for one in own if one is not None]
+                rows += [one.g[0] for one in own if one is not None]
+        if into:
+            torch._foreach_copy_(into, rows)
+        self._averages.measure_([room is not None for room in rooms], rows, samples)
+        decays, dampings = [group["factor_decay"] for group in groups], [factored_damping(group) for group in groups]
+        decay, damping = ([values[i] for i in self._groups_of_layers] for values in (decays, dampings))
+        moves = self._averages.moves(samples, decay)
+        for structure, own, room, move in zip(self.structures, samples, rooms, moves, strict=True):
+            structure.update_(own, room, move, damping[structure.stack.numbers])
+        if self.chain is not None:
+            self._update_chain_(samples, moves)
+        if self._averages.updates.device.type == "cpu":
+            self._averages.report(self._warn_of_sample)
+
+    def _update_chain_(self, samples: list[list[Sample | None]], moves: Sequence[Moves]) -> None:
+        assert self.chain is not None
+        places = self.chain.places
+        chained = [samples[place.number][place.member] for place in places]
+        if all(own is not None for own in chained):
+            self.chain.update_(chained, [moves[place.number] for place in places])  # type: ignore[arg-type]
+
+    def refresh_(self, groups: Sequence[Mapping[str, Any]], *, all_of_them: bool = False) -> None:
+        """Renews the inverses of the layers whose group is due, or of all."""
+        due = [all_of_them or inverse_due(group["step"], group["inverse_interval"]) for group in groups]
+        if self._all_ready and not any(due):
+            return
+        dampings = [factored_damping(group) for group in groups]
+        damping = [dampings[i] for i in self._groups_of_layers]
+        wanted = [due[i] for i in self._groups_of_layers]
+        renewed = False
+        for structure in self.structures:
+            at = structure.stack.numbers
+            updated = self._averages.updated(at)
+            members = [
+                i for i, (want, ready) in enumerate(zip(wanted[at], structure.ready, strict=True))
+                if updated[i] and (want or not ready)
+            ]  # fmt: skip
+            done = structure.refresh_(members, damping[at]) if members else []
+            for i, fine in zip(members, done, strict=True):
+                if not fine:
+                    self._warn_of_inverse(structure, i)
+            renewed |= bool(members)
+        if renewed and self.chain is not None:
+            own = [self.group_numbers[id(place.layer.weight)] for place in self.chain.places]
+            self.chain.refresh_([dampings[i] for i in own])
+        self._all_ready = all([all(structure.ready) for structure in self.structures])
+        self.write_state()
+
+    def empty_rows(self, weight: nn.Parameter) -> dict[str, Any]:
+        """What the checkpoint of a weight holds besides its state: torch.distributed.checkpoint loads only what a fresh
+        optimizer expects, which does not know whether rows will wait."""
+        return self.structures[self._places[weight][0]].empty_rows() if weight in self.layers else {}
+
+    def renewed(self) -> list[Tensor]:
+        """The tensors that `refresh_` writes."""
+        found = [t for structure in self.structures for t in structure.renewed()]
+        return found if self.chain is None else [*found, *self.chain.renewed()]
+
+    def _warn_of_sample(self, layer: Layer, finite: bool) -> None:
+        what = "that are not finite" if not finite else "far larger than those before"
+        self._warn_once(layer.weight, f"a Fisher pass gave numbers {what}; its factors skipped that pass")
+
+    def _warn_of_inverse(self, structure: Structure, member: int) -> None:
+        instead = "its last inverse stays" if structure.ready[member] else "it takes AdamW steps until it has one"
+        self._warn_once(
+            structure.stack.layers[member].weight,
+            f"its factors have no finite inverse, in double precision and damped more either; {instead}",
+        )
+
+    def _warn_once(self, weight: nn.Parameter, message: str) -> None:
+        name = self.names[weight]
+        if (name + message) not in self._said:
+            self._said.add(name + message)
+            log.warning("%s: %s", name, message)
+
+
+def inverse_due(step: int, interval: int) -> bool:
+    """Every `interval` steps; in the first interval also at steps 1, 2, 4, 8, ..., while the factors are young."""
+    return step % interval == 0 or (step < interval and step & (step - 1) == 0)

@@ -1,0 +1,70 @@
+"""What one pass gave of one layer: the rows of its two factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_triton.joint import wide_dtype
+from kfac_triton.layer import Layer
+from kfac_triton.ops import Patches, Rows
+
+
+@dataclass(eq=False, repr=False, slots=True)
+class Sample:
+    """The rows of one weight in one Fisher pass.
+
+    `a`: matrices (n, d_in), or patches or one-hot rows that are not written; with `ones` a homogeneous coordinate 1 is
+    still to be added to every row. `g`: matrices (n, d_out), or (images, n, d_out), gradients of the summed nll; in an
+    exact pass one for each output direction.
+    `terms`: loss terms L in the pass. `rows`: uses of the weight. A = sum a a^T / terms, G = sum g g^T / rows.
+    `sums`: both sums, where they were taken already; then there are no rows. `examples`: for each matrix in `a`, how
+    many examples its rows belong to, those of one together; 0 where that is not known, and every row counts as one.
+    `uses`: what the pass saw, for what needs the order of time.
+    """
+
+    layer: Layer
+    a: list[Rows]
+    g: list[Tensor]
+    terms: float | Tensor
+    rows: float | Tensor
+    ones: bool
+    sums: tuple[Tensor, Tensor] | None = None
+    examples: list[int] = field(default_factory=list)
+    uses: list[Any] = field(default_factory=list)
+
+    def plain(self) -> int:
+        """n, where the rows are one matrix a (n, d_in) and one g (n, d_out) and all of them count; else 0."""
+        if self.sums is not None or len(self.a) != 1 or len(self.g) != 1:
+            return 0
+        a, g, ones = self.a[0], self.g[0], self.layer.layout.bias
+        if self.ones is not ones or isinstance(self.terms, Tensor) or not isinstance(a, Tensor):
+            return 0
+        return int(a.shape[0]) if a.dim() == g.dim() == 2 and a.shape[0] == g.shape[0] else 0
+
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """Sums of squares of the rows of both sides, 0-d; of `sums`, their norms. Finite only if the factors are."""
+        sides = (self._written_rows(), self.g) if self.sums is None else ([self.sums[0]], [self.sums[1]])
+        sizes = []
+        for tensors in sides:
+            norms = [torch.linalg.vector_norm(t, dtype=wide_dtype(t)) for t in tensors]
+            total = torch.stack(norms) if norms else self._any().new_zeros(1, dtype=wide_dtype(self._any()))
+            sizes.append((total if self.sums is not None else total.square()).sum())
+        return sizes[0], sizes[1]
+
+    def _written_rows(self) -> list[Tensor]:
+        written = [rows.image if isinstance(rows, Patches) else rows for rows in self.a]
+        return [rows for rows in written if isinstance(rows, Tensor)]
+
+    def _any(self) -> Tensor:
+        return (list(self.sums) if self.sums is not None else [*self._written_rows(), *self.g])[0]
+
+
+def tensor_of(count: float | Tensor, like: Tensor) -> Tensor:
+    """A count as a 0-d tensor of the wide dtype on the device of `like`."""
+    if isinstance(count, Tensor):
+        return count.to(like.device, wide_dtype(like))
+    return torch.full((), float(count), dtype=wide_dtype(like), device=like.device)

@@ -1,0 +1,254 @@
+"""Joint gradients, preconditioned gradients and momentum of all layers, in memory that stays where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kfac_triton.joint import Joint, space
+from kfac_triton.layer import Layer
+from kfac_triton.numbers import Numbers
+from kfac_triton.operations.layout import Layout
+from kfac_triton.steps.hyper import Hyper
+from kfac_triton.steps.products import Products
+from kfac_triton.structures.base import Structure
+from kfac_triton.structures.tridiagonal import Chain
+
+SCRATCH = 2**18  # elements of a chunk of a stack, if it holds more than one matrix
+
+
+class Memory:
+    """For the layers of `structures`: J, V and, from the first step with momentum on, M; and what a product needs.
+
+    `fuses`: kernels serve all layers. `pairs`, where `paired`: V and M lie beside one another, (2, elements), as
+    products with both want them, and there is D for a step that is proposed.
+
+    `quadratics` (2, layers): the quadratic form of the momentum; the second row is of biases in other groups than their
+    weights.
+    """
+
+    def __init__(self, structures: Sequence[Structure], *, paired: bool = False) -> None:
+        self.structures = structures
+        self.stacks = [structure.stack for structure in structures]
+        self.J = Joint(self.stacks)
+        self.M: Joint | None = None
+        self.pairs = space(self.stacks, 2) if paired else []
+        if paired:
+            self.V, self.M = (Joint(self.stacks, [pair[i] for pair in self.pairs]) for i in range(2))
+            self.D = Joint(self.stacks)
+        else:
+            self.V = Joint(self.stacks)
+        self.scratch = [_scratch(structure) for structure in structures]
+        self.device = self.stacks[0].device
+        self.fuses = all([stack.fuses for stack in self.stacks])
+        count = sum(len(stack.layers) for stack in self.stacks)
+        self.quadratics = torch.zeros(2, count, dtype=self.V.flats[0].dtype, device=self.device)
+
+    def momentum(self) -> Joint:
+        """M, which is zero when it is first asked for."""
+        if self.M is None:
+            self.M = Joint(self.stacks)
+        return self.M
+
+
+def _scratch(structure: Structure) -> Tensor:
+    """Room for the product of one inverse and the gradients of some layers of a stack."""
+    stack = structure.stack
+    (d_in, d_out), count = stack.dims, len(stack.layers) * stack.groups
+    rows, width = stack.memory_shape
+    together = max(1, min(count, SCRATCH // (d_in * d_out)))
+    whole = torch.zeros(together, rows, width, dtype=stack.dtype, device=stack.device)
+    return whole[:, :d_out, :d_in]
+
+
+class Part(NamedTuple):
+    """A parameter of a layer that takes part: where its layer stands, and the groups of its own and of the weight."""
+
+    number: int
+    member: int
+    is_bias: bool
+    group: int
+    region: int
+
+
+class Lists:
+    """The parameters that share `group` and `region`, and views of J, V and M for each of them.
+
+    A transposed convolution with groups is no view of its matrix, but its pieces are (see `Layout.views`).
+    """
+
+    def __init__(self, group: int, region: int) -> None:
+        self.group, self.region = group, region
+        self._plain: list[nn.Parameter] = []
+        self._pieced: list[tuple[nn.Parameter, Layout]] = []
+        self.J: list[Tensor] = []
+        self.V: list[Tensor] = []
+        self.M: list[Tensor] = []
+
+    def add(self, memory: Memory, p: nn.Parameter, part: Part) -> None:
+        """Adds a parameter; those in pieces come last."""
+        layer = memory.stacks[part.number].layers[part.member]
+        views = [views_of(joint, part) for joint in (memory.J, memory.V)]
+        at = len(self._plain) if len(views[0]) == 1 else len(self.J)
+        if len(views[0]) == 1:
+            self._plain.append(p)
+        else:
+            self._pieced.append((p, layer.layout))
+        self.J[at:at], self.V[at:at] = views
+
+    def add_momentum(self, momentum: Joint, parts: Mapping[nn.Parameter, Part]) -> None:
+        """Adds the views of M."""
+        self.M = [view for p in self.owners() for view in views_of(momentum, parts[p])]
+
+    def owners(self) -> list[nn.Parameter]:
+        """The parameters themselves."""
+        return [*self._plain, *(p for p, _ in self._pieced)]
+
+    def values(self) -> list[Tensor]:
+        """The parameters, as J, V and M have them."""
+        found: list[Tensor] = list(self._plain)
+        for p, layout in self._pieced:
+            found += layout.pieces(p.detach())
+        return found
+
+    def grads(self) -> list[Tensor]:
+        """Their gradients."""
+        found = [p.grad for p in self._plain]
+        for p, layout in self._pieced:
+            assert p.grad is not None
+            found += layout.pieces(p.grad)
+        return found  # type: ignore[return-value]
+
+
+def views_of(joint: Joint, part: Part) -> list[Tensor]:
+    """What of a joint matrix belongs to a parameter."""
+    if part.is_bias:
+        return [joint.of_bias(part.number, part.member)]
+    return joint.of_weight(part.number, part.member)
+
+
+class Motion:
+    """The parameters that take part in a step, in lists that are made once for each set of them.
+
+    Layers of the memory that are not among them keep their momentum and have no gradient.
+    """
+
+    def __init__(self, memory: Memory, parts: Mapping[nn.Parameter, Part]) -> None:
+        self.memory, self.parts = memory, dict(parts)
+        self.layers = sorted({(part.number, part.member) for part in parts.values()})
+        self.whole = len(self.layers) == sum(len(stack.layers) for stack in memory.stacks)
+        self.split = any(part.group != part.region for part in parts.values())
+        by_key: dict[tuple[int, int], Lists] = {}
+        for p, part in parts.items():
+            key = part.group, part.region
+            by_key.setdefault(key, Lists(*key)).add(memory, p, part)
+        self.lists = list(by_key.values())
+        weights = {(part.number, part.member): part for part in parts.values() if not part.is_bias}
+        biases = {(part.number, part.member): part for part in parts.values() if part.is_bias}
+        self.index = [memory.stacks[number].first + member for number, member in self.layers]
+        # by number: of every layer, then of every bias
+        self.regions = [weights[key].region for key in self.layers] * 2
+        self.groups = [weights[key].group for key in self.layers]
+        self.groups += [biases.get(key, weights[key]).group for key in self.layers]
+        # a bias without a gradient stays, and so must what would be its momentum
+        self._fixed_biases = [key for key in self.layers if key not in biases and self._layer(key).bias is not None]
+        self._products = Products(memory.stacks)
+        self._with_momentum = False
+        self._views: dict[int, tuple[Joint, list[Tensor]]] = {}
+        self._directions: list[Tensor | None] | None = None
+        self._numbers: tuple[int, tuple[Numbers, Numbers, Any]] | None = None
+
+    def _layer(self, key: tuple[int, int]) -> Layer:
+        return self.memory.stacks[key[0]].layers[key[1]]
+
+    def with_momentum(self) -> Joint:
+        """M, with views of it in the lists."""
+        M = self.memory.momentum()
+        if not self._with_momentum:
+            for own in self.lists:
+                own.add_momentum(M, self.parts)
+            self._with_momentum = True
+        return M
+
+    def by_number(self, hyper: Hyper) -> tuple[Numbers, Numbers, Any]:
+        """(bounded_lr, momentum, region) in the order of `dots`."""
+        if self._numbers is None or self._numbers[0] != hyper.changes:
+            count = len(self.layers) * (2 if self.split else 1)
+            own, region = self.groups[:count], self.regions[:count]
+            self._numbers = hyper.changes, (hyper.bounded_lr[own], hyper.momentum[own], region)
+        return self._numbers[1]
+
+    def values(self) -> list[Tensor]:
+        """The parameters that take part, in the order of `views`."""
+        return [value for own in self.lists for value in own.values()]
+
+    def views(self, joint: Joint) -> list[Tensor]:
+        """What of a joint matrix belongs to each of `values`; made once for each joint."""
+        if id(joint) not in self._views:
+            found = [v for own in self.lists for p in own.owners() for v in views_of(joint, self.parts[p])]
+            self._views[id(joint)] = joint, found
+        return self._views[id(joint)][1]
+
+    def directions(self) -> list[Tensor]:
+        """V and M of every parameter that takes part, in its shape: (2, *shape)."""
+        if self._directions is None:
+            self._directions = [self._both(p) for own in self.lists for p in own.owners()]
+        if all(both is not None for both in self._directions):
+            return self._directions  # type: ignore[return-value]
+        owners = [p for own in self.lists for p in own.owners()]
+        assert self.memory.M is not None
+        return [
+            torch.stack([torch.cat(views_of(joint, self.parts[p])) for joint in (self.memory.V, self.memory.M)])
+            if both is None else both
+            for p, both in zip(owners, self._directions, strict=True)
+        ]  # fmt: skip
+
+    def _both(self, p: nn.Parameter) -> Tensor | None:
+        """V and M of a parameter as one view; None where neither has a view in the parameter's shape."""
+        views = views_of(self.memory.V, self.parts[p])
+        if len(views) > 1:
+            return None
+        (view,) = views
+        pair = next(pair for pair in self.memory.pairs if pair.dtype == view.dtype)
+        strides = (pair.stride(0), *view.stride())
+        return pair.as_strided((2, *view.shape), strides, view.storage_offset())
+
+    def gather_(self) -> None:
+        """J <- the gradients."""
+        if len(self.lists) == 1:
+            torch._foreach_copy_(self.lists[0].J, self.lists[0].grads())
+            return
+        torch._foreach_copy_(
+            [view for own in self.lists for view in own.J], [grad for own in self.lists for grad in own.grads()]
+        )
+
+    def precondition_(self, *, bf16: bool = False, chain: Chain | None = None) -> None:
+        """V <- F^-1 J."""
+        J, V = self.memory.J, self.memory.V
+        if chain is not None:
+            chain.apply_(J, V)
+            return
+        for number, structure in enumerate(self.memory.structures):
+            structure.apply_(J, V, number, self.memory.scratch[number], bf16=bf16)
+
+    def clear_fixed_biases_(self, joint: Joint) -> None:
+        """Takes away what moves biases that have no gradient."""
+        if self._fixed_biases:
+            torch._foreach_zero_([joint.of_bias(*key) for key in self._fixed_biases])
+
+    def decays(self, groups: Sequence[Mapping[str, Any]]) -> list[float]:
+        """The weight decay of each of `values`."""
+        return [groups[own.group]["weight_decay"] for own in self.lists for _ in own.J]
+
+    def dots(self) -> Numbers:
+        """<V, J> of every layer that takes part; where a bias is in another group than its weight, of all weights and
+        then of all biases."""
+        return self._products.of(self.memory.V, self.memory.J, self.index, split=self.split)
+
+    def overlaps(self) -> Numbers:
+        """<M, J> in the same order."""
+        assert self.memory.M is not None
+        return self._products.of(self.memory.M, self.memory.J, self.index, split=self.split)
