@@ -114,37 +114,57 @@ class Averages:
     def moves(self, samples: Sequence[Sequence[Sample | None]], decay: Sequence[float]) -> list[Moves]:
         """How the averages of each stack move, from the samples by stack and the `norms` of their rows; counts them."""
         counts = self._counted([own for stack in samples for own in stack], decay)
-        xp, norms = library(self.updates.device), shared(self.norms)
-        new = norms * norms / counts.divisors
-        usual = self._usual_moves(new, counts) if on_host(self.updates.device) else None
+        host = on_host(self.updates.device)
+        usual = self._usual_moves(counts) if host and counts.alike else None
         if usual is not None:
             vectors, uniform = usual
         else:
-            vectors = self._checked_moves(xp, new, counts)
-            uniform = _uniform(vectors) if on_host(self.updates.device) else None
+            vectors = self._checked_moves(library(self.updates.device), counts)
+            uniform = _uniform(vectors) if host else None
         return [self._of_stack(stack, vectors, decay, uniform) for stack in self._stacks]
 
-    def _usual_moves(self, new: Numbers, counts: _Counts) -> tuple[tuple[Numbers, ...], Any] | None:
-        """The same as `_checked_moves` where every layer has a good sample, the same history and as many rows; else
-        None."""
-        updates, sizes = shared(self.updates), shared(self.sizes)
+    def advance_(self, rows: list[Tensor], terms: float, count: float, decay: float) -> tuple[float, ...] | None:
+        """Counts an update of every layer by `rows`, the a of all and then the g: (beta, alpha_A, alpha_G) for all.
+
+        None, and nothing is counted, where a sample is not usual or the layers have histories of their own. `terms`
+        and `count` are those of every sample; on a CPU alone.
+        """
+        norms = torch.stack(torch._foreach_norm(rows, 2, dtype=self.norms.dtype))
+        shared(self.norms).reshape(-1)[:] = shared(norms)
+        return self._advanced(terms, count, decay)
+
+    def _advanced(self, terms: float, count: float, decay: float) -> tuple[float, ...] | None:
+        updates, sizes, norms = shared(self.updates), shared(self.sizes), shared(self.norms)
+        new = norms * norms
+        new[0] /= terms
+        new[1] /= count
         k = float(updates[0]) + 1
         # a comparison with what is no number is false
-        if not counts.alike or k == 1 or not ((new < self._limits * sizes).all() and (updates == updates[0]).all()):
+        if k == 1 or not ((new < self._limits * sizes).all() and (updates == updates[0]).all()):
             return None
-        beta = min(1 - 1 / k, counts.decays[0])
-        sizes *= beta
-        sizes += (1 - beta) * new
-        updates += 1
+        beta = min(1 - 1 / k, decay)
         share = 1 - beta
-        numbers = beta, share, share / counts.terms[0], share / counts.rows[0]
-        vectors = tuple([np.full(len(updates), number) for number in numbers])
-        return (*vectors, counts.given), (beta, numbers[2], numbers[3])
+        new *= share
+        sizes *= beta
+        sizes += new
+        updates += 1
+        return beta, share / terms, share / count
 
-    def _checked_moves(self, xp: Any, new: Numbers, counts: _Counts) -> tuple[Numbers, ...]:
+    def _usual_moves(self, counts: _Counts) -> tuple[tuple[Numbers, ...], Any] | None:
+        """The same as `_checked_moves` where every layer has a good sample, the same history and as many rows; else
+        None."""
+        found = self._advanced(float(counts.terms[0]), float(counts.rows[0]), float(counts.decays[0]))
+        if found is None:
+            return None
+        beta, *alphas = found
+        vectors = tuple([np.full(len(counts.given), number) for number in (beta, 1 - beta, *alphas)])
+        return (*vectors, counts.given), found
+
+    def _checked_moves(self, xp: Any, counts: _Counts) -> tuple[Numbers, ...]:
         """(beta, share, alpha_A, alpha_G, ok) by layer."""
         given, terms, rows, decays = counts.given, counts.terms, counts.rows, counts.decays
-        updates, sizes = shared(self.updates), shared(self.sizes)
+        updates, sizes, norms = shared(self.updates), shared(self.sizes), shared(self.norms)
+        new = norms * norms / counts.divisors
         finite = xp.isfinite(new)
         known = sizes * 1.0
         outlier = (known > 0) & (new > self._limits * known)

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kfac_triton.averages import Averages
@@ -20,12 +19,14 @@ from kfac_triton.distributed import Ranks
 from kfac_triton.fisher.source import Observed, Source
 from kfac_triton.joint import stacked
 from kfac_triton.layer import Layer, described, description
+from kfac_triton.numbers import on_host
 from kfac_triton.sample import Sample
 from kfac_triton.steps.damping import factored_damping
-from kfac_triton.structures.base import Moves, Structure
+from kfac_triton.structures.base import Structure
 from kfac_triton.structures.kronecker import Kronecker
 from kfac_triton.structures.registry import structure_of
 from kfac_triton.structures.tridiagonal import Chain, Place
+from kfac_triton.updates import Updates
 
 log = logging.getLogger("kfac_triton")
 
@@ -51,6 +52,7 @@ class CurvatureEstimator:
         self._state_of = state
         self._places: dict[nn.Parameter, tuple[int, int]] = {}
         self._averages = Averages([], source.ranks)
+        self._updates = Updates([], self._averages, None, alone=True)
         self._found: object = None
         self._order: list[tuple[int, int]] = []
         self.group_numbers: dict[int, int] = {}
@@ -99,6 +101,7 @@ class CurvatureEstimator:
         self._averages = Averages(stacks, self.ranks)
         self._averages.restore([one for own in stored for one in own])
         self._make_chain()
+        self._updates = Updates(self.structures, self._averages, self.chain, alone=not self.ranks.active)
         self._groups_of_layers = [self.group_numbers[id(weight)] for weight in self.layers]
         self._found, self._held, self._all_ready = None, [], False
         self.version += 1
@@ -198,6 +201,13 @@ class CurvatureEstimator:
         return bool(self._averages.updates[self.structures[number].stack.first + member] > 0)
 
     @property
+    def readiness(self) -> Any:
+        """Changes where other layers have something to precondition with."""
+        if self._all_ready and self.chain is None:
+            return True
+        return tuple([tuple(one.ready) for one in self.structures]), self.linked
+
+    @property
     def linked(self) -> bool:
         """Whether every layer of a chain has its link, or there is no chain."""
         return self.chain is None or self.chain.linked
@@ -215,17 +225,32 @@ class CurvatureEstimator:
     def update_(self, observed: Observed, groups: Sequence[Mapping[str, Any]]) -> None:
         """Moves the averages of layers towards what was observed of them, of those whose group is due."""
         self._averages.report(self._warn_of_sample)
+        if self._update_as_before(observed, groups):
+            return
         samples = self._common(list(observed.samples))
         if self._found is not observed.found or self.ranks.active:
             self._take_in(observed, samples)
-        by_stack: list[list[Sample | None]] = [[None] * len(one.ready) for one in self.structures]
         due = [group["step"] % group["factor_interval"] == 0 for group in groups]
-        for own, (number, member) in zip(samples, self._order, strict=True):
-            if due[self.group_numbers[id(own.layer.weight)]]:
-                by_stack[number][member] = own
-        if any([own is not None for stack in by_stack for own in stack]):
-            self._average_(by_stack, groups)
+        numbers = [self.group_numbers[id(own.layer.weight)] for own in samples]
+        places = [place if due[i] else None for place, i in zip(self._order, numbers, strict=True)]
+        if any([place is not None for place in places]):
+            decay, damping = (
+                [values[i] for i in self._groups_of_layers]
+                for values in ([group["factor_decay"] for group in groups], [factored_damping(own) for own in groups])
+            )
+            self._updates.move_(samples, places, decay, damping)
+            if on_host(self._averages.updates.device):
+                self._averages.report(self._warn_of_sample)
             self.write_state()
+
+    def _update_as_before(self, observed: Observed, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """The same where nothing but the numbers in the samples is new; else nothing, and false."""
+        decay = groups[0]["factor_decay"]
+        if self._found is not observed.found or any(
+            [group["factor_decay"] != decay or group["step"] % group["factor_interval"] != 0 for group in groups]
+        ):
+            return False
+        return self._updates.usual_(observed.samples, decay)
 
     def _common(self, samples: list[Sample]) -> list[Sample]:
         """Those of layers that every rank has seen."""
@@ -251,36 +276,6 @@ class CurvatureEstimator:
             self._chained = [id(w) for w in self.source.chain]
         self._order = [self._places[own.layer.weight] for own in samples]
         self._found = observed.found
-
-    def _average_(self, samples: list[list[Sample | None]], groups: Sequence[Mapping[str, Any]]) -> None:
-        counts = [[0 if one is None else one.plain() for one in own] for own in samples]
-        rooms = [one.room(n) for one, n in zip(self.structures, counts, strict=True)]
-        into: list[Tensor] = []
-        rows: list[Any] = []
-        for room, own in zip(rooms, samples, strict=True):
-            if room is not None:
-                into += [*room[0].parts, *room[1].parts]
-                rows += [one.a[0] for one in own if one is not None]
-                rows += [one.g[0] for one in own if one is not None]
-        if into:
-            torch._foreach_copy_(into, rows)
-        self._averages.measure_([room is not None for room in rooms], rows, samples)
-        decays, dampings = [group["factor_decay"] for group in groups], [factored_damping(group) for group in groups]
-        decay, damping = ([values[i] for i in self._groups_of_layers] for values in (decays, dampings))
-        moves = self._averages.moves(samples, decay)
-        for structure, own, room, move in zip(self.structures, samples, rooms, moves, strict=True):
-            structure.update_(own, room, move, damping[structure.stack.numbers])
-        if self.chain is not None:
-            self._update_chain_(samples, moves)
-        if self._averages.updates.device.type == "cpu":
-            self._averages.report(self._warn_of_sample)
-
-    def _update_chain_(self, samples: list[list[Sample | None]], moves: Sequence[Moves]) -> None:
-        assert self.chain is not None
-        places = self.chain.places
-        chained = [samples[place.number][place.member] for place in places]
-        if all(own is not None for own in chained):
-            self.chain.update_(chained, [moves[place.number] for place in places])  # type: ignore[arg-type]
 
     def refresh_(self, groups: Sequence[Mapping[str, Any]], *, all_of_them: bool = False) -> None:
         """Renews the inverses of the layers whose group is due, or of all."""

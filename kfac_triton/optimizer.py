@@ -322,7 +322,7 @@ class KFAC(BoundOptimizer):
         estimator.refresh_(self.param_groups)
         gradients = self._gathered(parameters) if runner.stale else gradients
         scales = runner.scales(gradients, self._settings.loss_scale)
-        runner.step(parameters, self.param_groups, scales, bf16=self._settings.precision == "bf16")
+        runner.step(scales, bf16=self._settings.precision == "bf16")
         for group in self.param_groups:
             group["step"] += 1
         self._uncounted = None if host else LateRead(gradients.finite)
@@ -358,7 +358,7 @@ class KFAC(BoundOptimizer):
                 'fisher="empirical" cannot learn the GradScaler\'s scale after scaler.unscale_(optimizer); '
                 'leave that call out, or use fisher="mc", which does not depend on it'
             )
-        return self._runner.gradients(parameters, scale, found_inf)
+        return self._runner.gradients(parameters, self.param_groups, scale, found_inf)
 
     def _update_factors(
         self,

@@ -797,3 +797,30 @@ def test_no_step_promises_more_than_the_height_of_the_objective():
     optimizer.step(closure)
     told = optimizer.diagnostics()
     assert told["predicted_reduction"] == pytest.approx(-(told["loss"] + decay), rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e20, 3e38])
+def test_a_sudden_loss_promises_little_more_than_steps_do(factor):
+    """At most LEAP times what is usual, which at most doubles a step."""
+    optimizer = adaptive(model := network(), initial_damping=1.0)
+    x, y = batch(0)
+    scale = 1.0
+    closure = closure_of(model, optimizer, lambda m: scale * F.cross_entropy(m(x), y))
+    for _ in range(10):
+        optimizer.step(closure)
+    usual = optimizer.param_groups[0]["promise"]
+    before, scale = flat(model.parameters()), factor
+    for step in range(3):
+        optimizer.step(closure)
+        promised = optimizer.diagnostics()["predicted_reduction"]
+        assert 0 < -promised <= 1.001 * proposal.LEAP * usual * 2**step
+    assert optimizer.param_groups[0]["promise"] <= 8 * usual
+    assert (flat(model.parameters()) - before).norm() < 10 * before.norm()
+
+
+def test_the_usual_promise():
+    assert proposal.usual_promise(0.0, -3.0) == 3.0
+    assert proposal.usual_promise(1.0, -1.5) == 1.5
+    assert proposal.usual_promise(1.0, -1e30) == 2.0
+    assert proposal.usual_promise(1.0, -1e-3) == 0.5
+    assert proposal.usual_promise(1.0, -1e-9, resolution=1e-8) == 1.0

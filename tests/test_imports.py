@@ -29,7 +29,7 @@ LEVELS = [
     {"structures"},
     {"averages", "fisher", "steps.quadratic", "steps.objective"},
     {"fisher.source", "steps"},
-    {"coverage"},
+    {"coverage", "updates"},
     {"estimator"},
     {"steps.runner", "inspection"},
     {"schema", "validation", "checkpoint", "steps.proposal"},

@@ -131,10 +131,11 @@ def test_huge_finite_gradients_leave_the_run_as_it_was(mode, scale):
     optimizer = KFAC(model, likelihood="categorical", compile=False, check_loss_scale=False, **MODES[mode])
     losses = []
     for step in range(40):
-        factor, before = scale if step in (8, 9, 10) else 1.0, copied(model)
+        spoiled = step in (8, 9, 10)
+        factor, before = scale if spoiled else 1.0, copied(model)
         losses.append(closure_step(optimizer, model, X, Y, lambda z, y, c=factor: c * F.cross_entropy(z, y)))
         assert all(p.isfinite().all() and p.abs().max() < 100 for p in model.parameters())
-        assert not unchanged(model, before)
+        assert spoiled or not unchanged(model, before)
     assert min(losses[11:]) < losses[7]  # lr="adaptive" alone, without damping, is not monotonic
     assert damping(optimizer) < 10
 

@@ -32,6 +32,7 @@ from kfac_triton.steps.proposal import (
     decay_change,
     fallback_direction,
     reduction_of,
+    usual_promise,
 )
 from kfac_triton.steps.quadratic import Direction
 from kfac_triton.steps.runner import Runner
@@ -100,8 +101,9 @@ class AdaptiveStep:
         for group in groups:
             group["step"] += 1
         if proposal.modelled:
+            resolution = 0.0 if objective is None else objective.resolution
             for group in groups:
-                group["promise"] = abs(proposal.predicted)
+                group["promise"] = usual_promise(group["promise"], proposal.predicted, resolution)
         check = first["adaptive_damping"] and (step + 1) % self._adaptation.interval == 0 and proposal.judges_damping()
         if check:
             report |= self._check(optimizer, runner, proposal, objective)

@@ -19,7 +19,7 @@ from kfac_triton.numbers import Numbers, library, on_host, scalars, shared
 from kfac_triton.steps import fused
 from kfac_triton.steps.bounds import Shares, at_most, bounds, bounds_of_sums
 from kfac_triton.steps.hyper import Hyper
-from kfac_triton.steps.motion import Motion
+from kfac_triton.steps.motion import Memory, Motion
 from kfac_triton.structures.tridiagonal import Chain
 
 
@@ -111,13 +111,11 @@ def _bounds_of_sums(motion: Motion, hyper: Hyper, scales: Scales) -> tuple[Numbe
     """
     memory, host = motion.memory, on_host(motion.memory.device)
     xp = scalars if host else library(memory.device)
-    V, J = memory.V.flats, memory.J.flats
     lr, mu, kl_clip = (t[0] if not host else float(t[0]) for t in (hyper.bounded_lr, hyper.momentum, hyper.kl_clip))
-    dots, overlaps, quadratic = _sum_of_products(V, J, host), None, None
+    held = shared(memory.quadratics)
+    dots, overlaps = _sums_of_products(memory, host=host, moving=hyper.moving)
+    quadratic = None
     if hyper.moving:
-        assert memory.M is not None
-        overlaps = _sum_of_products(memory.M.flats, J, host)
-        held = shared(memory.quadratics)
         total = (held if motion.whole else held[:, motion.index]).sum()
         quadratic = float(total) if host else total
     nu, tau, after = bounds_of_sums(xp, lr, mu, dots, overlaps, quadratic, kl_clip, scales.size)
@@ -131,18 +129,29 @@ def _bounds_of_sums(motion: Motion, hyper: Hyper, scales: Scales) -> tuple[Numbe
     return [nu] * count, [tau] * count
 
 
-def _sum_of_products(left: list[Tensor], right: list[Tensor], host: bool) -> Any:
-    products = [torch.dot(a, b).double() for a, b in zip(left, right, strict=True)]
-    total = products[0] if len(products) == 1 else torch.stack(products).sum()
-    return total.item() if host else total
+def _sums_of_products(memory: Memory, *, host: bool, moving: bool) -> tuple[Any, Any]:
+    """<V, J> and, with momentum, <M, J> over all layers."""
+    if not moving:
+        products = [torch.dot(V, J) for V, J in zip(memory.V.flats, memory.J.flats, strict=True)]
+    else:
+        products = memory.products()
+    total = products[0] if len(products) == 1 else torch.stack([own.double() for own in products]).sum(0)
+    if host:
+        found = total.tolist()
+        return tuple(found) if moving else (found, None)
+    total = total.double()
+    return (total[0], total[1]) if moving else (total, None)
 
 
 def follow_(momentum: list[Tensor], mu: Any, V: list[Tensor], nu: Any) -> None:
     """buf <- mu buf + nu V."""
-    torch._foreach_mul_(momentum, mu)
     if isinstance(nu, Tensor):
+        torch._foreach_mul_(momentum, mu)
         torch._foreach_add_(momentum, torch._foreach_mul(V, nu))
+    elif len(momentum) == 1:
+        momentum[0].mul_(float(mu)).add_(V[0], alpha=float(nu))
     else:
+        torch._foreach_mul_(momentum, float(mu))
         torch._foreach_add_(momentum, V, alpha=float(nu))
 
 

@@ -23,29 +23,37 @@ SCRATCH = 2**18  # elements of a chunk of a stack, if it holds more than one mat
 class Memory:
     """For the layers of `structures`: J, V and, from the first step with momentum on, M; and what a product needs.
 
-    `fuses`: kernels serve all layers. `pairs`, where `paired`: V and M lie beside one another, (2, elements), as
-    products with both want them, and there is D for a step that is proposed.
+    `fuses`: kernels serve all layers. `pairs`, where it is `moving` from the start: V and M lie beside one another,
+    (2, elements), as products with both want them. `proposing`: there is D, too, for a step that is proposed.
 
     `quadratics` (2, layers): the quadratic form of the momentum; the second row is of biases in other groups than their
     weights.
     """
 
-    def __init__(self, structures: Sequence[Structure], *, paired: bool = False) -> None:
+    def __init__(self, structures: Sequence[Structure], *, moving: bool = False, proposing: bool = False) -> None:
         self.structures = structures
         self.stacks = [structure.stack for structure in structures]
         self.J = Joint(self.stacks)
         self.M: Joint | None = None
-        self.pairs = space(self.stacks, 2) if paired else []
-        if paired:
+        self.pairs = space(self.stacks, 2) if moving or proposing else []
+        if self.pairs:
             self.V, self.M = (Joint(self.stacks, [pair[i] for pair in self.pairs]) for i in range(2))
-            self.D = Joint(self.stacks)
         else:
             self.V = Joint(self.stacks)
+        if proposing:
+            self.D = Joint(self.stacks)
         self.scratch = [_scratch(structure) for structure in structures]
         self.device = self.stacks[0].device
         self.fuses = all([stack.fuses for stack in self.stacks])
         count = sum(len(stack.layers) for stack in self.stacks)
         self.quadratics = torch.zeros(2, count, dtype=self.V.flats[0].dtype, device=self.device)
+
+    def products(self) -> list[Tensor]:
+        """<V, J> and <M, J> over all layers, (2,), for each dtype of them."""
+        if self.pairs:
+            return [torch.mv(pair, J) for pair, J in zip(self.pairs, self.J.flats, strict=True)]
+        flats = zip(self.V.flats, self.momentum().flats, self.J.flats, strict=True)
+        return [torch.stack([torch.dot(V, J), torch.dot(M, J)]) for V, M, J in flats]
 
     def momentum(self) -> Joint:
         """M, which is zero when it is first asked for."""

@@ -37,7 +37,9 @@ log = logging.getLogger("kfac_triton")
 # The last step of a few examples is mostly noise, and a longer one along it more so. With batches of 16 and no bound,
 # one of five seeds of a small ResNet and one of a transformer ended above AdamW; with this one none did.
 MAX_MOMENTUM = 1.0
-LEAP = 100.0  # times the last step's promise is the most that one without a loss to go by may promise
+# No step promises more than LEAP times the usual promise, which at most doubles or halves from one step to the next:
+# where the loss is a thousand times too large for some steps, these would be longer than training recovers from.
+LEAP = 100.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -126,8 +128,8 @@ class Proposer:
         decay = [] if motion is None else motion.decays(groups)
         parameters = [*([] if motion is None else motion.values()), *fallback]
         height = self._height(now, parameters, decay)
-        most = height if height > 0 else LEAP * first["promise"]
-        w = within(w, H, b, most) if most > 0 else w
+        limits = [limit for limit in (height, LEAP * first["promise"]) if limit > 0]
+        w = within(w, H, b, min(limits)) if limits else w
         predicted = float(w @ H @ w / 2 + b @ w)
         if not math.isfinite(predicted):
             self._report(reason)
@@ -178,6 +180,18 @@ class Proposer:
         k = len(found)
         F[:k, :k] = found.cpu().numpy()
         return self._loss_scale * F, reason
+
+
+def usual_promise(before: float, predicted: float, resolution: float = 0.0) -> float:
+    """What steps usually promise, after one that promised `predicted`; 0 before the first.
+
+    Less than `resolution`, the rounding error of the objective, is not noted: where training stands still, it does not
+    take ages to begin again.
+    """
+    promise = abs(predicted)
+    if promise <= resolution:
+        return before
+    return min(max(promise, before / 2), 2 * before) if before > 0 else promise
 
 
 def _turn_(motion: Motion, lrs: Sequence[float], longest: float) -> None:

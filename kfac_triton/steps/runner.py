@@ -24,17 +24,15 @@ MOST_MOTIONS = 8  # sets of parameters with a gradient whose lists are kept, as 
 Groups = Sequence[Mapping[str, Any]]
 
 
-def _largest(flat: Tensor) -> Tensor:
-    """A bound on the entries, 0-d: not finite or zero only if one of them, or all, are so.
+def _largest(flat: Tensor) -> Any:
+    """A bound on the entries: not finite or zero only if one of them, or all, are so.
 
     A CPU takes the norm, which is cheaper, where its square has neither overflowed nor vanished.
     """
     if on_host(flat.device):
-        square = torch.dot(flat, flat)
-        if 0.0 < square.item() < math.inf:
-            return square.sqrt()
-    largest: Tensor = torch.linalg.vector_norm(flat, torch.inf)
-    return largest
+        square = torch.dot(flat, flat).item()
+        return math.sqrt(square) if 0.0 < square < math.inf else torch.linalg.vector_norm(flat, torch.inf).item()
+    return torch.linalg.vector_norm(flat, torch.inf)
 
 
 class Gradients(NamedTuple):
@@ -61,6 +59,7 @@ class Runner:
         self._motions: dict[Any, tuple[Motion | None, list[nn.Parameter]]] = {}
         self._last: Any = None
         self._gathered: Any = None
+        self._planned: tuple[Motion | None, list[nn.Parameter]] = (None, [])
         self._published: set[int] = set()
         self._exports: list[tuple[list[Tensor], list[Tensor]]] = []
 
@@ -76,7 +75,7 @@ class Runner:
         version = estimator.version, estimator.grouping
         if version != self._version:
             self._renew(version)
-        key = tuple(map(id, parameters)), tuple([tuple(one.ready) for one in estimator.structures]), estimator.linked
+        key = tuple(map(id, parameters)), estimator.readiness
         found = self._motions.get(key)
         if found is None:
             if len(self._motions) == MOST_MOTIONS:
@@ -92,7 +91,8 @@ class Runner:
         """Memory for the layers as they are now; what the state holds of momentum goes into it."""
         if version[0] != self._version[0]:
             structures, state = self.estimator.structures, self._state()
-            self.memory = Memory(structures, paired=self.adaptive) if structures else None
+            options = {"moving": self.hyper.moving, "proposing": self.adaptive}
+            self.memory = Memory(structures, **options) if structures else None
             self._published.clear()
             self._exports = []
             if self.memory is not None:
@@ -143,16 +143,16 @@ class Runner:
         return bool(self._gathered != self._key_of_layers())
 
     def _key_of_layers(self) -> Any:
-        estimator = self.estimator
-        return estimator.version, [tuple(one.ready) for one in estimator.structures], estimator.linked
+        return self.estimator.version, self.estimator.readiness
 
     def gradients(
-        self, parameters: Sequence[nn.Parameter], scale: Tensor | None, found_inf: Tensor | None
+        self, parameters: Sequence[nn.Parameter], groups: Groups, scale: Tensor | None, found_inf: Tensor | None
     ) -> Gradients:
         """Gathers the gradients, and what is known of them; `scale` and `found_inf` are a GradScaler's."""
-        motion, rest = self.plan(parameters)
+        self.hyper.fill_(groups)
+        motion, rest = self._planned = self.plan(parameters)
         self._gathered = self._key_of_layers()
-        entries: list[Tensor] = []
+        entries: list[Any] = []
         if motion is not None:
             motion.gather_()
             entries += [_largest(flat) for flat in motion.memory.J.flats]
@@ -160,12 +160,12 @@ class Runner:
         if others:
             wide = torch.float64 if any([g.dtype == torch.float64 for g in others]) else torch.float32
             entries += torch._foreach_norm(others, torch.inf, dtype=wide)
+        if on_host(self.device):
+            numbers = [float(entry) for entry in entries]
+            fine = all(map(math.isfinite, numbers)) and (found_inf is None or not bool(found_inf))
+            return Gradients(1.0 if scale is None else 1.0 / float(scale), fine, max(numbers, default=0.0))
         entries = entries or [torch.zeros((), device=self.device)]
         largest = entries[0] if len(entries) == 1 else torch.stack([e.double() for e in entries]).max()
-        if on_host(self.device):
-            number = largest.item()
-            fine = math.isfinite(number) and (found_inf is None or not bool(found_inf))
-            return Gradients(1.0 if scale is None else 1.0 / float(scale), fine, number)
         finite = torch.isfinite(largest)
         if found_inf is not None:
             finite = finite & (found_inf.to(self.device) == 0)
@@ -183,10 +183,9 @@ class Runner:
 
     # ------------------------------------------------------------------------------------------------- the step
 
-    def step(self, parameters: Sequence[nn.Parameter], groups: Groups, scales: Scales, *, bf16: bool) -> None:
-        """Moves every parameter; their gradients were gathered for the same layers."""
-        motion, rest = self.plan(parameters)
-        self.hyper.fill_(groups)
+    def step(self, scales: Scales, *, bf16: bool) -> None:
+        """Moves every parameter whose gradient was gathered, for the layers as they are."""
+        motion, rest = self._planned
         if motion is not None:
             fixed.move_(motion, self.hyper, scales, bf16=bf16, chain=self.estimator.chain)
             if self.hyper.moving:

@@ -53,6 +53,14 @@ class Room(NamedTuple):
     parts: tuple[Tensor, ...]
 
 
+class Product(NamedTuple):
+    """F <- beta F + alpha R^T R with F `values` (layers, d, d) and R `rows` (layers, n, d), of a `side`, 0 for A."""
+
+    values: Tensor
+    rows: Tensor
+    side: int
+
+
 class Structure(ABC):
     """Curvature of the layers of one stack. Its tensors are allocated once and written in place.
 
@@ -71,6 +79,10 @@ class Structure(ABC):
 
         `counts`: how many plain rows each layer has, see `Sample.plain`; 0 without a sample.
         """
+        return None
+
+    def products(self, rows: tuple[Room, Room]) -> list[Product] | None:
+        """The products that are all of `update_`, where new rows come to the same place each time; else None."""
         return None
 
     @abstractmethod

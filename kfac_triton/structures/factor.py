@@ -108,6 +108,10 @@ class Factor(ABC):
         held = {"rows": none.rows[0], "weights": none.weights[0], "kept": none.kept[0], "waiting": 0}
         return {f"{self.side}_{name}": value for name, value in held.items()}
 
+    def keeps(self, room: Room) -> bool:
+        """Whether the next rows, as many, would come to the same room, and wait for no others."""
+        return False
+
     def settle_(self) -> None:
         """Brings `values` up to date with every update so far."""
         if self.buffer is not None:
@@ -166,6 +170,9 @@ class Dense(Factor):
         if ones and written_over:
             found.rows[..., -1].fill_(1)
         return found
+
+    def keeps(self, room: Room) -> bool:
+        return room.rows is self._rows and not self._written_over
 
     def add_(self, rows: Tensor, alpha: Number, beta: Number, ok: Tensor | None) -> None:
         """F <- beta F + alpha R^T R for the rows in `room`; numbers for all layers or one each, (layers,).

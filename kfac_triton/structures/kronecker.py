@@ -21,7 +21,7 @@ from kfac_triton.linalg.moments import Accumulation
 from kfac_triton.numbers import Numbers, as_tensor, library, numbers, on_host, shared
 from kfac_triton.operations.layout import DIAGONAL
 from kfac_triton.sample import Sample
-from kfac_triton.structures.base import Moves, Room, Structure
+from kfac_triton.structures.base import Moves, Product, Room, Structure
 from kfac_triton.structures.factor import Dense, Factor, factor
 
 STACKED = 2**17  # entries of a row matrix that are copied, to be multiplied in one product with those of other layers
@@ -50,6 +50,14 @@ class Kronecker(Structure):
         at_once = self.ranks.active  # averages that wait could not be shared
         bias = self.stack.layers[0].layout.bias
         return self.A.room(n, ones=bias, at_once=at_once), self.G.room(n, ones=False, at_once=at_once)
+
+    def products(self, rows: tuple[Room, Room]) -> list[Product] | None:
+        if type(self).update_ is not Kronecker.update_ or not (self.A.keeps(rows[0]) and self.G.keeps(rows[1])):
+            return None
+        return [
+            Product(F.values, room.rows, side)
+            for side, (F, room) in enumerate(zip((self.A, self.G), rows, strict=True))
+        ]
 
     def update_(
         self, samples: Sequence[Sample | None], rows: tuple[Room, Room] | None, moves: Moves, damping: Sequence[float]
