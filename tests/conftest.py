@@ -181,9 +181,9 @@ def matrix_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU is served as a GPU is: nothing is read on the host, and the numbers of a step are tensors."""
-    from kfac_triton import averages, numbers
+    from kfac_triton import averages, estimator, numbers, updates
     from kfac_triton.steps import fixed, runner
     from kfac_triton.structures import inverse_free, kronecker
 
-    for module in (averages, fixed, inverse_free, kronecker, numbers, runner):
+    for module in (averages, estimator, fixed, inverse_free, kronecker, numbers, runner, updates):
         monkeypatch.setattr(module, "on_host", lambda device: False)
