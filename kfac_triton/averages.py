@@ -61,8 +61,8 @@ class Averages:
         dtype = torch.float64 if any(stack.dtype == torch.float64 for stack in stacks) else torch.float32
         self.updates = torch.zeros(count, dtype=torch.float32, device=device)
         self.sizes = torch.zeros(2, count, dtype=dtype, device=device)
-        self.norms = torch.zeros(2, count, dtype=dtype, device=device)
-        self._places: tuple[Any, list[int]] = (None, [])
+        self.squares = torch.zeros(2, count, dtype=dtype, device=device)
+        self._places: tuple[Any, Tensor, Tensor] = (None, self.squares, self.squares)
         scales = [layer.layout.operation == "scale" for layer in self._layers]
         limits = [[OUTLIER_GRADIENTS if scale else OUTLIER for scale in scales], [OUTLIER_GRADIENTS] * count]
         self._limits = shared(torch.tensor(limits, dtype=torch.float64, device=device))
@@ -87,32 +87,44 @@ class Averages:
             return found
         return [True] * (numbers.stop - numbers.start)
 
-    def measure_(
-        self, stacked: Sequence[bool], rows: Sequence[Tensor], samples: Sequence[Sequence[Sample | None]]
-    ) -> None:
-        """Writes the norms of the rows of all samples; `rows` are those of the stacks that are `stacked`, first the a
-        and then the g of all of its layers."""
-        if rows:
-            norms = torch.stack(torch._foreach_norm(list(rows), 2, dtype=self.norms.dtype))
-            if self._places[0] != stacked:
-                self._places = stacked, self._places_of(stacked)
-            shared(self.norms).reshape(-1)[self._places[1]] = shared(norms)
-        for stack, whole, own in zip(self._stacks, stacked, samples, strict=True):
-            for i, one in enumerate(() if whole else own):
-                if one is not None:
-                    for norms, size in zip(self.norms, one.sizes(), strict=True):
-                        norms[stack.first + i] = size.sqrt()
+    def measure_(self, samples: Sequence[Sequence[Sample | None]]) -> None:
+        """Writes the sums of squares of the rows of all samples, by stack; of sums themselves, their norms."""
+        count = len(self._layers)
+        parts: list[Tensor] = []
+        places: list[int] = []
+        sums: list[bool] = []
+        for stack, own in zip(self._stacks, samples, strict=True):
+            for number, one in enumerate(own, stack.first):
+                for place, side in zip((number, count + number), () if one is None else one.written(), strict=False):
+                    parts += side
+                    places += [place] * len(side)
+                    sums += [one is not None and one.sums is not None] * len(side)
+        if not parts:
+            return
+        norms = torch.stack(torch._foreach_norm(parts, 2, dtype=self.squares.dtype))
+        squares = norms.square()
+        if any(sums):
+            squares = torch.where(torch.tensor(sums, device=norms.device), norms, squares)
+        if on_host(self.updates.device):
+            with np.errstate(over="ignore"):
+                shared(self.squares).reshape(-1)[:] = np.bincount(places, shared(squares), 2 * count)
+        else:
+            self._add_up_(squares, places)
 
-    def _places_of(self, stacked: Sequence[bool]) -> list[int]:
-        """Where the norms of rows go."""
-        count, found = len(self._layers), []
-        for stack, whole in zip(self._stacks, stacked, strict=True):
-            own = range(stack.first, stack.first + len(stack.layers)) if whole else ()
-            found += [*own, *(count + i for i in own)]
-        return found
+    def _add_up_(self, squares: Tensor, places: list[int]) -> None:
+        """The same without a loop or an order that is left to chance."""
+        if self._places[0] != places:
+            columns = [places[:i].count(place) for i, place in enumerate(places)]
+            width = max(columns) + 1
+            index = [place * width + column for place, column in zip(places, columns, strict=True)]
+            table = squares.new_zeros(2 * len(self._layers), width)
+            self._places = places, torch.tensor(index, device=squares.device), table
+        _, where, table = self._places
+        table.view(-1).index_copy_(0, where, squares)
+        torch.sum(table, 1, out=self.squares.view(-1))
 
     def moves(self, samples: Sequence[Sequence[Sample | None]], decay: Sequence[float]) -> list[Moves]:
-        """How the averages of each stack move, from the samples by stack and the `norms` of their rows; counts them."""
+        """How the averages of each stack move, by the samples of each and the `squares` of their rows; counts them."""
         counts = self._counted([own for stack in samples for own in stack], decay)
         host = on_host(self.updates.device)
         usual = self._usual_moves(counts) if host and counts.alike else None
@@ -121,7 +133,14 @@ class Averages:
         else:
             vectors = self._checked_moves(library(self.updates.device), counts)
             uniform = _uniform(vectors) if host else None
-        return [self._of_stack(stack, vectors, decay, uniform) for stack in self._stacks]
+        by_dtype = {} if host else {stack.dtype: self._in(stack.dtype, vectors) for stack in self._stacks}
+        return [self._of_stack(stack, by_dtype.get(stack.dtype, vectors), decay, uniform) for stack in self._stacks]
+
+    @staticmethod
+    def _in(dtype: torch.dtype, vectors: tuple[Numbers, ...]) -> tuple[Numbers, ...]:
+        """The numbers of a move in that dtype, for all stacks at once."""
+        *numbers, ok = vectors
+        return (*torch.stack(numbers).to(dtype).unbind(), ok)
 
     def advance_(self, rows: list[Tensor], terms: float, count: float, decay: float) -> tuple[float, ...] | None:
         """Counts an update of every layer by `rows`, the a of all and then the g: (beta, alpha_A, alpha_G) for all.
@@ -129,13 +148,12 @@ class Averages:
         None, and nothing is counted, where a sample is not usual or the layers have histories of their own. `terms`
         and `count` are those of every sample; on a CPU alone.
         """
-        norms = torch.stack(torch._foreach_norm(rows, 2, dtype=self.norms.dtype))
-        shared(self.norms).reshape(-1)[:] = shared(norms)
+        squares = torch.stack(torch._foreach_norm(rows, 2, dtype=self.squares.dtype)).square()
+        shared(self.squares).reshape(-1)[:] = shared(squares)
         return self._advanced(terms, count, decay)
 
     def _advanced(self, terms: float, count: float, decay: float) -> tuple[float, ...] | None:
-        updates, sizes, norms = shared(self.updates), shared(self.sizes), shared(self.norms)
-        new = norms * norms
+        updates, sizes, new = shared(self.updates), shared(self.sizes), shared(self.squares).copy()
         new[0] /= terms
         new[1] /= count
         k = float(updates[0]) + 1
@@ -163,8 +181,8 @@ class Averages:
     def _checked_moves(self, xp: Any, counts: _Counts) -> tuple[Numbers, ...]:
         """(beta, share, alpha_A, alpha_G, ok) by layer."""
         given, terms, rows, decays = counts.given, counts.terms, counts.rows, counts.decays
-        updates, sizes, norms = shared(self.updates), shared(self.sizes), shared(self.norms)
-        new = norms * norms / counts.divisors
+        updates, sizes, squares = shared(self.updates), shared(self.sizes), shared(self.squares)
+        new = squares / counts.divisors
         finite = xp.isfinite(new)
         known = sizes * 1.0
         outlier = (known > 0) & (new > self._limits * known)

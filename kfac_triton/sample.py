@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,22 +46,13 @@ class Sample:
             return 0
         return int(a.shape[0]) if a.dim() == g.dim() == 2 and a.shape[0] == g.shape[0] else 0
 
-    def sizes(self) -> tuple[Tensor, Tensor]:
-        """Sums of squares of the rows of both sides, 0-d; of `sums`, their norms. Finite only if the factors are."""
-        sides = (self._written_rows(), self.g) if self.sums is None else ([self.sums[0]], [self.sums[1]])
-        sizes = []
-        for tensors in sides:
-            norms = [torch.linalg.vector_norm(t, dtype=wide_dtype(t)) for t in tensors]
-            total = torch.stack(norms) if norms else self._any().new_zeros(1, dtype=wide_dtype(self._any()))
-            sizes.append((total if self.sums is not None else total.square()).sum())
-        return sizes[0], sizes[1]
+    def written(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """What lies in memory of both sides, rows or sums: finite only if the factors are."""
+        return (self._written_rows(), self.g) if self.sums is None else ([self.sums[0]], [self.sums[1]])
 
     def _written_rows(self) -> list[Tensor]:
         written = [rows.image if isinstance(rows, Patches) else rows for rows in self.a]
         return [rows for rows in written if isinstance(rows, Tensor)]
-
-    def _any(self) -> Tensor:
-        return (list(self.sums) if self.sums is not None else [*self._written_rows(), *self.g])[0]
 
 
 def tensor_of(count: float | Tensor, like: Tensor) -> Tensor:

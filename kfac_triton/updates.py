@@ -49,8 +49,8 @@ class Updates:
                 by_stack[place[0]][place[1]] = own
         counts = [[0 if one is None else one.plain() for one in own] for own in by_stack]
         rooms = [one.room(n) for one, n in zip(self._structures, counts, strict=True)]
-        rows = _put_rows(rooms, by_stack)
-        self._averages.measure_([room is not None for room in rooms], rows, by_stack)
+        _put_rows(rooms, by_stack)
+        self._averages.measure_(by_stack)
         moves = self._averages.moves(by_stack, decay)
         for structure, members, room, move in zip(self._structures, by_stack, rooms, moves, strict=True):
             structure.update_(members, room, move, damping[structure.stack.numbers])
@@ -121,8 +121,8 @@ def _key(samples: Sequence[Sample]) -> list[Any]:
     ]  # fmt: skip
 
 
-def _put_rows(rooms: Rooms, samples: Sequence[Sequence[Sample | None]]) -> list[Any]:
-    """Copies the rows of samples into rooms; returns them, by stack first the a and then the g of all layers."""
+def _put_rows(rooms: Rooms, samples: Sequence[Sequence[Sample | None]]) -> None:
+    """Copies the rows of samples into the rooms of their stacks."""
     into: list[Tensor] = []
     rows: list[Any] = []
     for room, own in zip(rooms, samples, strict=True):
@@ -132,7 +132,6 @@ def _put_rows(rooms: Rooms, samples: Sequence[Sequence[Sample | None]]) -> list[
             rows += [one.g[0] for one in own if one is not None]
     if into:
         torch._foreach_copy_(into, rows)
-    return rows
 
 
 def _update_chain_(chain: Chain, samples: Sequence[Sequence[Sample | None]], moves: Sequence[Moves]) -> None:

@@ -179,11 +179,11 @@ class Bench:
         """One update; with `together` in one product where the structure has room for that."""
         samples = list(samples)
         counts = [0 if own is None else own.plain() for own in samples]
-        room, rows = self.structure.room(counts) if together else None, []
+        room = self.structure.room(counts) if together else None
         if room is not None:
             rows = [getattr(own, name)[0] for name in "ag" for own in samples]
             torch._foreach_copy_([*room[0].parts, *room[1].parts], rows)
-        self.averages.measure_([room is not None], rows, [samples])
+        self.averages.measure_([samples])
         (moves,) = self.averages.moves([samples], [decay] * len(samples))
         self.structure.update_(samples, room, moves, list(damping))
 

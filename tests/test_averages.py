@@ -34,9 +34,13 @@ def samples_of(stack: Stack, seed: int, sizes: tuple[float, ...] = (1.0, 1.0, 1.
 
 
 def moved(averages: Averages, stack: Stack, samples: list[Any], decay: tuple[float, ...] = (0.6,) * 3) -> Moves:
-    averages.measure_([False], [], [samples])
+    averages.measure_([samples])
     (moves,) = averages.moves([samples], list(decay[: len(samples)]))
     return moves
+
+
+def square(matrices: list[Any]) -> torch.Tensor:
+    return sum((t.square().sum() for t in matrices), torch.zeros((), dtype=F64))
 
 
 def told(averages: Averages) -> list[tuple[int, bool]]:
@@ -106,7 +110,7 @@ def test_beyond_the_limit_a_sample_stays_out(form, side, limit):
     for step in range(3):
         moved(averages, stack, samples_of(stack, step, (0.0,) * 3 if side == "g" and form == "scale" else (1.0,) * 3))
     usual = averages.sizes["ag".index(side)].clone()
-    new = [own.sizes()["ag".index(side)] / (5.0 if side == "a" else 6.0) for own in samples_of(stack, 9)]
+    new = [square(getattr(own, side)) / (5.0 if side == "a" else 6.0) for own in samples_of(stack, 9)]
     factors = [math.sqrt(c * limit * float(usual[i] / new[i])) for i, c in enumerate((0.99, 1.01, 1.0 / limit))]
     moves = moved(averages, stack, samples_of(stack, 9, tuple(factors), side))
     assert moves.ok.tolist() == [True, False, True]
@@ -180,8 +184,23 @@ def test_layers_of_several_stacks_have_numbers_of_their_own():
     stacks = stacked([*first.layers, *second.layers])
     averages = Averages(stacks, ALONE)
     samples = [samples_of(stacks[0], 1), samples_of(stacks[1], 2)]
-    averages.measure_([False, False], [], samples)
+    averages.measure_(samples)
     moves = averages.moves(samples, [0.5, 0.5, 0.9])
     assert [len(one.beta) for one in moves] == [2, 1] and moves[1].decay == [0.9]
-    expected = [own.sizes()[0].sqrt() for one in samples for own in one]
-    dense.assert_exact(averages.norms[0], torch.stack(expected))
+    for side, found in zip("ag", averages.squares, strict=True):
+        dense.assert_exact(found, torch.stack([square(getattr(own, side)) for one in samples for own in one]))
+
+
+def test_rows_in_several_matrices_count_together(request):
+    """A weight that is used twice, beside one that is used once, on a CPU and as on a device."""
+    stack = stack_of("linear", 2)
+    samples = samples_of(stack, 1)[:2]
+    samples[1].a += [2 * t for t in samples[1].a]
+    samples[1].g += [3 * t for t in samples[1].g]
+    for fixture in (None, "as_on_a_device"):
+        if fixture:
+            request.getfixturevalue(fixture)
+        averages = Averages([stack], ALONE)
+        averages.measure_([samples])
+        for side, found in zip("ag", averages.squares, strict=True):
+            dense.assert_exact(found, torch.stack([square(getattr(own, side)) for own in samples]))

@@ -52,7 +52,7 @@ class Bench:
         by_stack: list[list[Any]] = [[None] * len(stack.layers) for stack in self.stacks]
         for own, (number, member) in zip(samples, self.at, strict=True):
             by_stack[number][member] = own
-        self.averages.measure_([False] * len(self.stacks), [], by_stack)
+        self.averages.measure_(by_stack)
         moves = self.averages.moves(by_stack, [DECAY] * len(self.layers))
         for structure, own, move in zip(self.structures, by_stack, moves, strict=True):
             structure.update_(own, None, move, [0.1] * len(own))
