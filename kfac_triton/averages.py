@@ -133,7 +133,8 @@ class Averages:
         else:
             vectors = self._checked_moves(library(self.updates.device), counts)
             uniform = _uniform(vectors) if host else None
-        by_dtype = {} if host else {stack.dtype: self._in(stack.dtype, vectors) for stack in self._stacks}
+        dtypes = set() if host else {stack.dtype for stack in self._stacks}
+        by_dtype = {dtype: self._in(dtype, vectors) for dtype in dtypes}
         return [self._of_stack(stack, by_dtype.get(stack.dtype, vectors), decay, uniform) for stack in self._stacks]
 
     @staticmethod
