@@ -225,14 +225,15 @@ class Motion:
             [view for own in self.lists for view in own.J], [grad for own in self.lists for grad in own.grads()]
         )
 
-    def precondition_(self, *, bf16: bool = False, chain: Chain | None = None) -> None:
-        """V <- F^-1 J."""
+    def precondition_(self, *, bf16: bool = False, narrowest: int = 0, chain: Chain | None = None) -> None:
+        """V <- F^-1 J; with `bf16` in products of that precision, for matrices that are at least `narrowest` wide."""
         J, V = self.memory.J, self.memory.V
         if chain is not None:
             chain.apply_(J, V)
             return
         for number, structure in enumerate(self.memory.structures):
-            structure.apply_(J, V, number, self.memory.scratch[number], bf16=bf16)
+            rounded = bf16 and min(structure.stack.dims) >= narrowest
+            structure.apply_(J, V, number, self.memory.scratch[number], bf16=rounded)
 
     def clear_fixed_biases_(self, joint: Joint) -> None:
         """Takes away what moves biases that have no gradient."""

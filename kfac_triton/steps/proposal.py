@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kfac_triton import ops
 from kfac_triton.capture import Inputs, ModuleState
 from kfac_triton.config import DEFAULT_KL_CLIP, Settings
 from kfac_triton.fisher.parts import Parts
 from kfac_triton.steps.fixed import Scales
 from kfac_triton.steps.motion import Motion
 from kfac_triton.steps.objective import Objective, moved
-from kfac_triton.steps.quadratic import Direction, FisherProducts, minimise, within
+from kfac_triton.steps.quadratic import Direction, FisherProducts, minimise, promised, within
 from kfac_triton.steps.runner import Groups, Runner
 
 log = logging.getLogger("kfac_triton")
@@ -105,8 +106,9 @@ class Proposer:
         longest = max([float(group["lr"]) for group in groups])
         size = float(now.scales.size)
         if motion is not None:
-            bf16 = self._precision == "bf16" or (self._precision == "auto" and bool(first.get("bf16")))
-            motion.precondition_(bf16=bf16, chain=runner.estimator.chain)
+            asked = self._precision == "bf16"
+            bf16 = asked or (self._precision == "auto" and bool(first.get("bf16")))
+            motion.precondition_(bf16=bf16, narrowest=0 if asked else ops.ROUNDED, chain=runner.estimator.chain)
             _turn_(motion, [float(group["lr"]) for group in groups], longest)
         moving = first["adaptive_momentum"] or first["momentum"] != 0
         fixed = [
@@ -128,7 +130,7 @@ class Proposer:
         height = self._height(now, parameters, decay)
         most = height if height > 0 else LEAP * first["promise"]
         w = within(w, H, b, most) if most > 0 else w
-        predicted = float(w @ H @ w / 2 + b @ w)
+        predicted = promised(w, H, b)
         if not math.isfinite(predicted):
             self._report(reason)
             w = _without_model(b[0] / (self._loss_scale * size), longest * size, fixed[1] or 0.0, first["kl_clip"])
@@ -244,9 +246,9 @@ def _combined(motion: Motion, w: Any) -> list[Tensor]:
 
 def _bounded_minimum(H: np.ndarray, b: np.ndarray, fixed: list[float | None]) -> np.ndarray:
     """The coefficients that minimise M with |mu| <= MAX_MOMENTUM; those in `fixed` are given."""
-    w, _ = minimise(H, b, fixed)
+    w = minimise(H, b, fixed)
     if fixed[1] is None and abs(w[1]) > MAX_MOMENTUM:
-        w, _ = minimise(H, b, [fixed[0], math.copysign(MAX_MOMENTUM, w[1]), *fixed[2:]])
+        w = minimise(H, b, [fixed[0], math.copysign(MAX_MOMENTUM, w[1]), *fixed[2:]])
     return w
 
 

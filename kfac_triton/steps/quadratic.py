@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -254,23 +255,36 @@ class FisherProducts:
         raise failure
 
 
-def minimise(H: np.ndarray, b: np.ndarray, fixed: Sequence[float | None]) -> tuple[np.ndarray, float]:
-    """(w, M(w)) at the minimum of M(w) = w^T H w / 2 + b^T w over the coefficients that are not `fixed`.
+def promised(w: np.ndarray, H: np.ndarray, b: np.ndarray) -> float:
+    """M(w) = w^T H w / 2 + b^T w."""
+    return float(w @ (H @ w / 2 + b))
+
+
+def minimise(H: np.ndarray, b: np.ndarray, fixed: Sequence[float | None]) -> np.ndarray:
+    """Where M(w) is smallest over the coefficients that are not `fixed`, which are two at most.
 
     H (k, k) positive semi-definite, b (k,), float64. Directions that vanish or depend on others get the smallest
     coefficients, in units in which every direction has curvature 1.
     """
     free = [i for i, value in enumerate(fixed) if value is None]
     w = np.array([0.0 if value is None else value for value in fixed])
-    scale = np.sqrt(H.diagonal()[free].clip(0, None))
-    inverse_scale = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1.0), 0.0)
-    unit = H[np.ix_(free, free)] * inverse_scale * inverse_scale[:, None]
-    right = (b + H @ w)[free] * inverse_scale
-    if np.isfinite(unit).all() and np.isfinite(right).all():
-        w[free] = -inverse_scale * (np.linalg.pinv(unit, rcond=DEPENDENT, hermitian=True) @ right)
-    else:
-        w[free] = np.nan
-    return w, float(w @ H @ w / 2 + b @ w)
+    right, curvature = (b + H @ w).tolist(), H.tolist()
+    units = [max(curvature[i][i], 0.0) for i in free]
+    units = [1 / math.sqrt(one) if one > 0 else 0.0 for one in units]
+    cosine = curvature[free[0]][free[1]] * units[0] * units[1] if len(free) == 2 else 0.0
+    slopes = [right[i] * unit for i, unit in zip(free, units, strict=True)]
+    if not all(map(math.isfinite, (*(curvature[i][i] for i in free), cosine, *slopes))):
+        w[free] = math.nan
+    elif cosine == 0.0:
+        w[free] = [-unit * slope for unit, slope in zip(units, slopes, strict=True)]
+    else:  # [[1, c], [c, 1]] has the eigenvalues 1 + c along (1, 1) and 1 - c along (1, -1)
+        (first, second), least = slopes, DEPENDENT * (1 + abs(cosine))
+        along, against = (
+            slope / (2 * eigenvalue) if abs(eigenvalue) > least else 0.0
+            for slope, eigenvalue in ((first + second, 1 + cosine), (first - second, 1 - cosine))
+        )
+        w[free] = -units[0] * (along + against), -units[1] * (along - against)
+    return w
 
 
 def within(w: np.ndarray, H: np.ndarray, b: np.ndarray, most: float) -> np.ndarray:
