@@ -531,8 +531,9 @@ def test_narrow_products_are_rounded_only_where_that_is_asked_for(monkeypatch):
     ):
         multiplied.clear()
         model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 8))
-        optimizer, x = adaptive(model, precision=precision), torch.randn(32, width)
-        optimizer.step(closure_of(model, optimizer, lambda m: F.cross_entropy(m(x), torch.arange(32) % 8)))
+        optimizer = adaptive(model, precision=precision)
+        x, y = torch.randn(32, width), torch.arange(32) % 8
+        optimizer.step(closure_of(model, optimizer, lambda m, x=x, y=y: F.cross_entropy(m(x), y)))
         assert set(multiplied) == expected
 
 
