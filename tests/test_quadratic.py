@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kfac_triton.capture import Inputs, ModuleState, Unrolled, bare_pass
 from kfac_triton.likelihoods import as_likelihood
 from kfac_triton.steps import quadratic
-from kfac_triton.steps.quadratic import FisherProducts, minimise, promised, within
+from kfac_triton.steps.minimum import minimise, promised, within
+from kfac_triton.steps.quadratic import FisherProducts
 
 F64 = torch.float64
 

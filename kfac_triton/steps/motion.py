@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -23,24 +24,23 @@ SCRATCH = 2**18  # elements of a chunk of a stack, if it holds more than one mat
 class Memory:
     """For the layers of `structures`: J, V and, from the first step with momentum on, M; and what a product needs.
 
-    `fuses`: kernels serve all layers. `pairs`, where `paired`: V and M lie beside one another, (2, elements), as
-    products with both want them, and there is D for a step that is proposed.
+    `fuses`: kernels serve all layers. `rows`, where `together`: V, M and J lie beside one another, (3, elements), as
+    products with several of them want them, and there is D for a step that is proposed.
 
     `quadratics` (2, layers): the quadratic form of the momentum; the second row is of biases in other groups than their
     weights.
     """
 
-    def __init__(self, structures: Sequence[Structure], *, paired: bool = False) -> None:
+    def __init__(self, structures: Sequence[Structure], *, together: bool = False) -> None:
         self.structures = structures
         self.stacks = [structure.stack for structure in structures]
-        self.J = Joint(self.stacks)
         self.M: Joint | None = None
-        self.pairs = space(self.stacks, 2) if paired else []
-        if paired:
-            self.V, self.M = (Joint(self.stacks, [pair[i] for pair in self.pairs]) for i in range(2))
+        self.rows = space(self.stacks, 3) if together else []
+        if together:
+            self.V, self.M, self.J = (Joint(self.stacks, [rows[i] for rows in self.rows]) for i in range(3))
             self.D = Joint(self.stacks)
         else:
-            self.V = Joint(self.stacks)
+            self.J, self.V = Joint(self.stacks), Joint(self.stacks)
         self.scratch = [_scratch(structure) for structure in structures]
         self.device = self.stacks[0].device
         self.fuses = all([stack.fuses for stack in self.stacks])
@@ -159,6 +159,7 @@ class Motion:
         self._with_momentum = False
         self._views: dict[int, tuple[Joint, list[Tensor]]] = {}
         self._directions: list[Tensor | None] | None = None
+        self._copied = False
         self._numbers: tuple[int, tuple[Numbers, Numbers, Any]] | None = None
 
     def _layer(self, key: tuple[int, int]) -> Layer:
@@ -181,8 +182,13 @@ class Motion:
             self._numbers = hyper.changes, (hyper.bounded_lr[own], hyper.momentum[own], region)
         return self._numbers[1]
 
+    @cached_property
+    def owners(self) -> list[nn.Parameter]:
+        """The parameters that take part, in the order of `directions`."""
+        return [p for own in self.lists for p in own.owners()]
+
     def values(self) -> list[Tensor]:
-        """The parameters that take part, in the order of `views`."""
+        """The parameters that take part, or their pieces, in the order of `views`."""
         return [value for own in self.lists for value in own.values()]
 
     def views(self, joint: Joint) -> list[Tensor]:
@@ -195,15 +201,15 @@ class Motion:
     def directions(self) -> list[Tensor]:
         """V and M of every parameter that takes part, in its shape: (2, *shape)."""
         if self._directions is None:
-            self._directions = [self._both(p) for own in self.lists for p in own.owners()]
-        if all(both is not None for both in self._directions):
+            self._directions = [self._both(p) for p in self.owners]
+            self._copied = any(both is None for both in self._directions)
+        if not self._copied:
             return self._directions  # type: ignore[return-value]
-        owners = [p for own in self.lists for p in own.owners()]
         assert self.memory.M is not None
         return [
             torch.stack([torch.cat(views_of(joint, self.parts[p])) for joint in (self.memory.V, self.memory.M)])
             if both is None else both
-            for p, both in zip(owners, self._directions, strict=True)
+            for p, both in zip(self.owners, self._directions, strict=True)
         ]  # fmt: skip
 
     def _both(self, p: nn.Parameter) -> Tensor | None:
@@ -212,9 +218,9 @@ class Motion:
         if len(views) > 1:
             return None
         (view,) = views
-        pair = next(pair for pair in self.memory.pairs if pair.dtype == view.dtype)
-        strides = (pair.stride(0), *view.stride())
-        return pair.as_strided((2, *view.shape), strides, view.storage_offset())
+        rows = next(rows for rows in self.memory.rows if rows.dtype == view.dtype)
+        strides = (rows.stride(0), *view.stride())
+        return rows.as_strided((2, *view.shape), strides, view.storage_offset())
 
     def gather_(self) -> None:
         """J <- the gradients."""

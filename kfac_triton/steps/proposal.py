@@ -28,9 +28,10 @@ from kfac_triton.capture import Inputs, ModuleState
 from kfac_triton.config import DEFAULT_KL_CLIP, Settings
 from kfac_triton.fisher.parts import Parts
 from kfac_triton.steps.fixed import Scales
+from kfac_triton.steps.minimum import minimise, promised, within
 from kfac_triton.steps.motion import Motion
 from kfac_triton.steps.objective import Objective, moved
-from kfac_triton.steps.quadratic import Direction, FisherProducts, minimise, promised, within
+from kfac_triton.steps.quadratic import Direction, FisherProducts
 from kfac_triton.steps.runner import Groups, Runner
 
 log = logging.getLogger("kfac_triton")
@@ -127,10 +128,13 @@ class Proposer:
             w[0] *= longest
         decay = [] if motion is None else motion.decays(groups)
         parameters = [*([] if motion is None else motion.values()), *fallback]
-        height = self._height(now, parameters, decay)
-        most = height if height > 0 else LEAP * first["promise"]
-        w = within(w, H, b, most) if most > 0 else w
         predicted = promised(w, H, b)
+        loss = 0.0 if now.objective is None else now.objective.first
+        if not 0.0 <= -predicted <= loss:  # the objective's height is at least its loss
+            height = self._height(now, parameters, decay)
+            most = height if height > 0 else LEAP * first["promise"]
+            w = within(w, H, b, most) if most > 0 else w
+            predicted = promised(w, H, b)
         if not math.isfinite(predicted):
             self._report(reason)
             w = _without_model(b[0] / (self._loss_scale * size), longest * size, fixed[1] or 0.0, first["kl_clip"])
@@ -187,6 +191,9 @@ def _turn_(motion: Motion, lrs: Sequence[float], longest: float) -> None:
 
     Not by lr itself: an adaptive alpha would undo a factor that all share.
     """
+    if min(lrs) == longest:
+        torch._foreach_neg_(motion.memory.V.flats)
+        return
     for own in motion.lists:
         lr = lrs[own.group]
         torch._foreach_mul_(own.V, -1.0 if lr == longest else -lr / longest)
@@ -194,7 +201,7 @@ def _turn_(motion: Motion, lrs: Sequence[float], longest: float) -> None:
 
 def _stacked(motion: Motion | None, fallback: Direction) -> tuple[list[nn.Parameter], list[Tensor]]:
     """(parameters, their directions Delta, delta_0 and, where there is one, `fallback`, stacked)."""
-    covered = [] if motion is None else [p for own in motion.lists for p in own.owners()]
+    covered = [] if motion is None else motion.owners
     both = [] if motion is None else motion.directions()
     if not fallback:
         return covered, both
@@ -211,11 +218,13 @@ def _inner_products(
     if motion is not None:
         memory = motion.memory
         assert memory.M is not None
-        products = [torch.mv(pair, J) for pair, J in zip(memory.pairs, memory.J.flats, strict=True)]
-        b[:2] = sum([product.double().cpu().numpy() for product in products])
-        if motion.whole and len(set(strength)) == 1:
-            D[:2, :2] = strength[0] * sum([(pair @ pair.mT).double().cpu().numpy() for pair in memory.pairs])
+        if motion.whole and min(strength) == max(strength):
+            # V and then M times V, M and J, of which mm's sums would be less exact
+            found = [torch.cat([torch.mv(rows, rows[0]), torch.mv(rows[1:], rows[1])]) for rows in memory.rows]
+            VV, VM, b[0], MM, b[1] = np.sum([product.tolist() for product in found], axis=0)
+            D[:2, :2] = strength[0] * np.array([[VV, VM], [VM, MM]])
         else:
+            b[:2] = np.sum([torch.mv(rows[:2], rows[2]).tolist() for rows in memory.rows], axis=0)
             joints = (motion.views(memory.V), motion.views(memory.M))
             etas = [strength[own.group] for own in motion.lists for _ in own.J]
             for i, j in ((0, 0), (0, 1), (1, 1)):

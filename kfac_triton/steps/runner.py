@@ -92,7 +92,7 @@ class Runner:
         """Memory for the layers as they are now; what the state holds of momentum goes into it."""
         if version[0] != self._version[0]:
             structures, state = self.estimator.structures, self._state()
-            self.memory = Memory(structures, paired=self.adaptive) if structures else None
+            self.memory = Memory(structures, together=self.adaptive) if structures else None
             self._published.clear()
             self._exports = []
             if self.memory is not None:
