@@ -101,7 +101,7 @@ class Averages:
                     sums += [one is not None and one.sums is not None] * len(side)
         if not parts:
             return
-        norms = torch.stack(torch._foreach_norm(parts, 2, dtype=self.squares.dtype))
+        norms = self._norms(parts)
         squares = norms.square()
         if any(sums):
             squares = torch.where(torch.tensor(sums, device=norms.device), norms, squares)
@@ -110,6 +110,11 @@ class Averages:
                 shared(self.squares).reshape(-1)[:] = np.bincount(places, shared(squares), 2 * count)
         else:
             self._add_up_(squares, places)
+
+    def _norms(self, rows: list[Tensor]) -> Tensor:
+        """(len(rows),): in the precision of the numbers, or in that of the rows where these have more."""
+        wide = torch.float64 in {t.dtype for t in rows}
+        return torch.stack(torch._foreach_norm(rows, 2, dtype=torch.float64 if wide else self.squares.dtype))
 
     def _add_up_(self, squares: Tensor, places: list[int]) -> None:
         """The same without a loop or an order that is left to chance."""
@@ -120,7 +125,7 @@ class Averages:
             table = squares.new_zeros(2 * len(self._layers), width)
             self._places = places, torch.tensor(index, device=squares.device), table
         _, where, table = self._places
-        table.view(-1).index_copy_(0, where, squares)
+        table.view(-1).index_copy_(0, where, squares.to(table.dtype))
         torch.sum(table, 1, out=self.squares.view(-1))
 
     def moves(self, samples: Sequence[Sequence[Sample | None]], decay: Sequence[float]) -> list[Moves]:
@@ -149,8 +154,7 @@ class Averages:
         None, and nothing is counted, where a sample is not usual or the layers have histories of their own. `terms`
         and `count` are those of every sample; on a CPU alone.
         """
-        squares = torch.stack(torch._foreach_norm(rows, 2, dtype=self.squares.dtype)).square()
-        shared(self.squares).reshape(-1)[:] = shared(squares)
+        shared(self.squares).reshape(-1)[:] = shared(self._norms(rows).square())
         return self._advanced(terms, count, decay)
 
     def _advanced(self, terms: float, count: float, decay: float) -> tuple[float, ...] | None:

@@ -22,7 +22,9 @@ from kfac_triton.layer import Layer, described, description
 from kfac_triton.numbers import on_host
 from kfac_triton.sample import Sample
 from kfac_triton.steps.damping import factored_damping
+from kfac_triton.structures import inversion
 from kfac_triton.structures.base import Structure
+from kfac_triton.structures.inversion import Due
 from kfac_triton.structures.kronecker import Kronecker
 from kfac_triton.structures.registry import structure_of
 from kfac_triton.structures.tridiagonal import Chain, Place
@@ -285,7 +287,7 @@ class CurvatureEstimator:
         dampings = [factored_damping(group) for group in groups]
         damping = [dampings[i] for i in self._groups_of_layers]
         wanted = [due[i] for i in self._groups_of_layers]
-        renewed = False
+        todo = []
         for structure in self.structures:
             at = structure.stack.numbers
             updated = self._averages.updated(at)
@@ -293,12 +295,13 @@ class CurvatureEstimator:
                 i for i, (want, ready) in enumerate(zip(wanted[at], structure.ready, strict=True))
                 if updated[i] and (want or not ready)
             ]  # fmt: skip
-            done = structure.refresh_(members, damping[at]) if members else []
-            for i, fine in zip(members, done, strict=True):
+            if members:
+                todo.append(Due(structure, members, damping[at]))
+        for one, done in zip(todo, inversion.refresh_(todo), strict=True):
+            for i, fine in zip(one.members, done, strict=True):
                 if not fine:
-                    self._warn_of_inverse(structure, i)
-            renewed |= bool(members)
-        if renewed and self.chain is not None:
+                    self._warn_of_inverse(one.structure, i)
+        if todo and self.chain is not None:
             own = [self.group_numbers[id(place.layer.weight)] for place in self.chain.places]
             self.chain.refresh_([dampings[i] for i in own])
         self._all_ready = all([all(structure.ready) for structure in self.structures])

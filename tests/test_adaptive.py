@@ -475,7 +475,8 @@ def test_backward_passes_of_other_threads_go_on():
 
 @pytest.mark.parametrize(("loss_of_rounding", "kept"), [(0.0, True), (1.0, False)])
 def test_products_are_rounded_while_the_model_promises_as_much(monkeypatch, loss_of_rounding, kept):
-    monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device: True)
+    monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device, width: True)
+    monkeypatch.setattr(ops, "ROUNDED", 0)
     exact = ops.kron_matmul_
 
     def rounded(out, G_inv, V, A_inv, *, bf16=False, **more):
@@ -495,7 +496,8 @@ def test_products_are_rounded_while_the_model_promises_as_much(monkeypatch, loss
 
 @pytest.mark.parametrize(("kept", "rounded"), [(0.951, True), (0.949, False)])
 def test_rounded_products_keep_95_percent_of_the_promise(monkeypatch, kept, rounded):
-    monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device: True)
+    monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device, width: True)
+    monkeypatch.setattr(ops, "ROUNDED", 0)
     propose = proposal.Proposer.propose
 
     def less(self, groups, *rest):
@@ -511,6 +513,30 @@ def test_rounded_products_keep_95_percent_of_the_promise(monkeypatch, kept, roun
     assert optimizer.param_groups[0]["bf16"] is rounded
 
 
+def test_narrow_products_are_rounded_only_where_that_is_asked_for(monkeypatch):
+    """Of two layers with inputs as wide, only the one that is wide on both sides is worth it."""
+    multiplied: list[tuple[int, bool]] = []
+    exact = kronecker.Multiplier.__call__
+
+    def noted(self, grad, out, number, scratch, *, bf16):
+        multiplied.append((min(scratch.shape[1:]), bf16))
+        exact(self, grad, out, number, scratch, bf16=bf16)
+
+    monkeypatch.setattr(kronecker.Multiplier, "__call__", noted)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for width, precision, expected in (
+        (ops.ROUNDED, "auto", {(ops.ROUNDED, False), (ops.ROUNDED, True), (8, False)}),
+        (ops.ROUNDED - 1, "auto", {(ops.ROUNDED - 1, False), (8, False)}),
+        (8, "bf16", {(8, True)}),
+    ):
+        multiplied.clear()
+        model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 8))
+        optimizer = adaptive(model, precision=precision)
+        x, y = torch.randn(32, width), torch.arange(32) % 8
+        optimizer.step(closure_of(model, optimizer, lambda m, x=x, y=y: F.cross_entropy(m(x), y)))
+        assert set(multiplied) == expected
+
+
 def test_the_precision_of_a_step(monkeypatch):
     """Asked for, products are rounded in steps of any kind; else only where the adaptive step found that it may."""
     asked, rounded = [], []
@@ -521,7 +547,7 @@ def test_the_precision_of_a_step(monkeypatch):
     monkeypatch.setattr(
         ops, "kron_matmul_", lambda *args, bf16=False, **more: (rounded.append(bf16), exact(*args, bf16=bf16))[1]
     )
-    monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device: False)
+    monkeypatch.setattr(ops, "multiplies_bf16_faster", lambda device, width: False)
     for options, expected in (
         ({"precision": "bf16"}, True), ({"precision": "ieee"}, False), ({}, False),
         ({"precision": "bf16", **ADAPTIVE}, True), ({"precision": "ieee", **ADAPTIVE}, False), (ADAPTIVE, False),

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kfac_triton.capture import Inputs, ModuleState, Unrolled, bare_pass
 from kfac_triton.likelihoods import as_likelihood
 from kfac_triton.steps import quadratic
-from kfac_triton.steps.quadratic import FisherProducts, minimise, within
+from kfac_triton.steps.minimum import minimise, promised, within
+from kfac_triton.steps.quadratic import FisherProducts
 
 F64 = torch.float64
 
@@ -239,54 +240,55 @@ def spd(k: int, seed: int = 0) -> Tensor:
     return X.T @ X
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 2])
 def test_the_minimum_is_half_the_gradient_along_it(k):
     H, b = spd(k).numpy(), dense.randn(k).numpy()
-    w, M = minimise(H, b, [None] * k)
+    w = minimise(H, b, [None] * k)
+    M = promised(w, H, b)
     np.testing.assert_allclose(w, -np.linalg.solve(H, b), rtol=1e-12)
     assert math.isclose(M, b @ w / 2, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize(
-    "fixed", [[0.3, None], [None, -2.0], [None, 0.5, None], [None, None, 1.0], [0.1, 0.2]], ids=str
+    "fixed", [[0.3, None], [None, -2.0], [None, 0.5, None], [None, None, 1.0], [0.1, None, 1.0], [0.1, 0.2]], ids=str
 )
 def test_fixed_coefficients_stay_and_the_others_are_stationary(fixed):
     k = len(fixed)
     H, b = spd(k).numpy(), dense.randn(k).numpy()
-    w, M = minimise(H, b, fixed)
+    w = minimise(H, b, fixed)
     gradient = H @ w + b
     for value, coefficient, slope in zip(fixed, w, gradient, strict=True):
         assert coefficient == value if value is not None else abs(slope) < 1e-12
-    assert math.isclose(M, w @ H @ w / 2 + b @ w, rel_tol=1e-12)
+    assert math.isclose(promised(w, H, b), w @ H @ w / 2 + b @ w, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8])
 def test_directions_that_depend_on_each_other(scale):
     """v_2 = scale v_1: any split reaches the minimum; and none explodes."""
     v = np.array([1.0, scale])
-    w, M = minimise(4 * np.outer(v, v), 2 * v, [None, None])
-    assert math.isclose(M, -0.5, rel_tol=1e-12)
+    H, b = 4 * np.outer(v, v), 2 * v
+    w = minimise(H, b, [None, None])
+    assert math.isclose(promised(w, H, b), -0.5, rel_tol=1e-12)
     assert math.isclose(v @ w, -0.5, rel_tol=1e-12)
     assert np.abs(w).max() <= 1 / scale
 
 
 def test_a_direction_that_vanishes_gets_nothing():
     """delta_0 in the first step."""
-    w, M = minimise(np.diag([4.0, 0.0]), np.array([2.0, 0.0]), [None, None])
+    w = minimise(np.diag([4.0, 0.0]), np.array([2.0, 0.0]), [None, None])
     assert w.tolist() == [-0.5, 0.0]
-    assert M == -0.5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_model_that_is_not_finite_has_no_minimum(bad):
-    assert np.isnan(minimise(np.full((2, 2), bad), np.ones(2), [None, None])[0]).all()
+    assert np.isnan(minimise(np.full((2, 2), bad), np.ones(2), [None, None])).all()
 
 
 @pytest.mark.parametrize("most", [1e-9, 0.1, 0.9, 1.1])
 def test_no_more_reduction_is_promised_than_there_is_height(most):
     H, b = spd(2).numpy(), dense.randn(2).numpy()
-    w, M = minimise(H, b, [None, None])
-    height = most * -M
+    w = minimise(H, b, [None, None])
+    height = most * -promised(w, H, b)
     short = within(w, H, b, height)
     reduction = -(short @ H @ short / 2 + b @ short)
     if most > 1:

@@ -211,10 +211,10 @@ def test_the_damping_is_calibrated_anew_where_blocks_gain_or_lose_gradients():
             layer.requires_grad_(layer in trained)
         return max(counted_step(optimizer, model) for _ in range(2))
 
-    assert calls(second, head) > 6
+    assert calls(second, head) > 2
     assert calls(second, head) <= 2
-    assert calls(first, second, head) > 6
-    assert calls(head) > 6
+    assert calls(first, second, head) > 2
+    assert calls(head) > 2
     for trained in ((head,), (second, head), (first, second, head), (first, head)):
         assert calls(*trained) <= 2
     losses = [closure_step(optimizer, model, X, Y) for _ in range(30)]

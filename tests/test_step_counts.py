@@ -116,7 +116,7 @@ def test_an_adaptive_step_with_its_closure():
 
 @pytest.mark.parametrize("layers", [24, [49, 64, 64, 32, 16, 32, 64, 64, 49]], ids=["alike", "of seven shapes"])
 def test_refreshed_inverses_are_no_spike(layers):
-    """With factors every step and inverses every ten: at most three times the operators of the median step."""
+    """With factors every step and inverses every ten: at most 2.5 times the operators of the median step."""
     run, counts = Run(layers, inverse_interval=10), []
     for _ in range(20):
         step = run.step()
@@ -124,4 +124,4 @@ def test_refreshed_inverses_are_no_spike(layers):
             step()
         counts.append(sum(operators.counts.values()))
     assert max(counts) > sorted(counts)[10], "there was a refresh"
-    assert max(counts) <= 3 * sorted(counts)[10]
+    assert max(counts) <= 2.5 * sorted(counts)[10]

@@ -259,7 +259,8 @@ class AdaptiveStep:
         if not best.proposal.modelled:
             return best.proposal
         device, estimator = runner.device, runner.estimator
-        faster = estimator.settings.precision == "auto" and ops.multiplies_bf16_faster(device)
+        widest = max([min(structure.stack.dims) for structure in estimator.structures])
+        faster = estimator.settings.precision == "auto" and ops.multiplies_bf16_faster(device, widest)
         if estimator.ranks.common([faster], device)[0]:
             return self._rounded_or_not(groups, runner, now, fallback, best)
         return best.proposal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,9 @@ SCRATCH = 2**18  # elements of a chunk of a stack, if it holds more than one mat
 class Memory:
     """For the layers of `structures`: J, V and, from the first step with momentum on, M; and what a product needs.
 
-    `fuses`: kernels serve all layers. `pairs`, where it is `moving` from the start: V and M lie beside one another,
-    (2, elements), as products with both want them. `proposing`: there is D, too, for a step that is proposed.
+    `fuses`: kernels serve all layers. `rows`: J, V and, where it is `moving` from the start, M beside one another,
+    (2 or 3, elements), as products with several of them want them. For a step that is proposed (`proposing`) there is
+    D, too.
 
     `quadratics` (2, layers): the quadratic form of the momentum; the second row is of biases in other groups than their
     weights.
@@ -33,13 +35,9 @@ class Memory:
     def __init__(self, structures: Sequence[Structure], *, moving: bool = False, proposing: bool = False) -> None:
         self.structures = structures
         self.stacks = [structure.stack for structure in structures]
-        self.J = Joint(self.stacks)
-        self.M: Joint | None = None
-        self.pairs = space(self.stacks, 2) if moving or proposing else []
-        if self.pairs:
-            self.V, self.M = (Joint(self.stacks, [pair[i] for pair in self.pairs]) for i in range(2))
-        else:
-            self.V = Joint(self.stacks)
+        self.rows = space(self.stacks, 3 if moving or proposing else 2)
+        joints = [Joint(self.stacks, flats) for flats in zip(*self.rows, strict=True)]
+        self.J, self.V, self.M = joints[0], joints[1], joints[2] if len(joints) == 3 else None
         if proposing:
             self.D = Joint(self.stacks)
         self.scratch = [_scratch(structure) for structure in structures]
@@ -50,8 +48,8 @@ class Memory:
 
     def products(self) -> list[Tensor]:
         """<V, J> and <M, J> over all layers, (2,), for each dtype of them."""
-        if self.pairs:
-            return [torch.mv(pair, J) for pair, J in zip(self.pairs, self.J.flats, strict=True)]
+        if len(self.rows[0]) == 3:
+            return [torch.mv(rows[1:], rows[0]) for rows in self.rows]
         flats = zip(self.V.flats, self.momentum().flats, self.J.flats, strict=True)
         return [torch.stack([torch.dot(V, J), torch.dot(M, J)]) for V, M, J in flats]
 
@@ -167,6 +165,7 @@ class Motion:
         self._with_momentum = False
         self._views: dict[int, tuple[Joint, list[Tensor]]] = {}
         self._directions: list[Tensor | None] | None = None
+        self._copied = False
         self._numbers: tuple[int, tuple[Numbers, Numbers, Any]] | None = None
 
     def _layer(self, key: tuple[int, int]) -> Layer:
@@ -189,8 +188,13 @@ class Motion:
             self._numbers = hyper.changes, (hyper.bounded_lr[own], hyper.momentum[own], region)
         return self._numbers[1]
 
+    @cached_property
+    def owners(self) -> list[nn.Parameter]:
+        """The parameters that take part, in the order of `directions`."""
+        return [p for own in self.lists for p in own.owners()]
+
     def values(self) -> list[Tensor]:
-        """The parameters that take part, in the order of `views`."""
+        """The parameters that take part, or their pieces, in the order of `views`."""
         return [value for own in self.lists for value in own.values()]
 
     def views(self, joint: Joint) -> list[Tensor]:
@@ -203,15 +207,15 @@ class Motion:
     def directions(self) -> list[Tensor]:
         """V and M of every parameter that takes part, in its shape: (2, *shape)."""
         if self._directions is None:
-            self._directions = [self._both(p) for own in self.lists for p in own.owners()]
-        if all(both is not None for both in self._directions):
+            self._directions = [self._both(p) for p in self.owners]
+            self._copied = any(both is None for both in self._directions)
+        if not self._copied:
             return self._directions  # type: ignore[return-value]
-        owners = [p for own in self.lists for p in own.owners()]
         assert self.memory.M is not None
         return [
             torch.stack([torch.cat(views_of(joint, self.parts[p])) for joint in (self.memory.V, self.memory.M)])
             if both is None else both
-            for p, both in zip(owners, self._directions, strict=True)
+            for p, both in zip(self.owners, self._directions, strict=True)
         ]  # fmt: skip
 
     def _both(self, p: nn.Parameter) -> Tensor | None:
@@ -220,9 +224,9 @@ class Motion:
         if len(views) > 1:
             return None
         (view,) = views
-        pair = next(pair for pair in self.memory.pairs if pair.dtype == view.dtype)
-        strides = (pair.stride(0), *view.stride())
-        return pair.as_strided((2, *view.shape), strides, view.storage_offset())
+        rows = next(rows for rows in self.memory.rows if rows.dtype == view.dtype)
+        strides = (rows.stride(0), *view.stride())
+        return rows.as_strided((2, *view.shape), strides, view.storage_offset())
 
     def gather_(self) -> None:
         """J <- the gradients."""
@@ -233,14 +237,15 @@ class Motion:
             [view for own in self.lists for view in own.J], [grad for own in self.lists for grad in own.grads()]
         )
 
-    def precondition_(self, *, bf16: bool = False, chain: Chain | None = None) -> None:
-        """V <- F^-1 J."""
+    def precondition_(self, *, bf16: bool = False, narrowest: int = 0, chain: Chain | None = None) -> None:
+        """V <- F^-1 J; with `bf16` in products of that precision, for matrices that are at least `narrowest` wide."""
         J, V = self.memory.J, self.memory.V
         if chain is not None:
             chain.apply_(J, V)
             return
         for number, structure in enumerate(self.memory.structures):
-            structure.apply_(J, V, number, self.memory.scratch[number], bf16=bf16)
+            rounded = bf16 and min(structure.stack.dims) >= narrowest
+            structure.apply_(J, V, number, self.memory.scratch[number], bf16=rounded)
 
     def clear_fixed_biases_(self, joint: Joint) -> None:
         """Takes away what moves biases that have no gradient."""

@@ -23,13 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kfac_triton import ops
 from kfac_triton.capture import Inputs, ModuleState
 from kfac_triton.config import DEFAULT_KL_CLIP, Settings
 from kfac_triton.fisher.parts import Parts
 from kfac_triton.steps.fixed import Scales
+from kfac_triton.steps.minimum import minimise, promised, within
 from kfac_triton.steps.motion import Motion
 from kfac_triton.steps.objective import Objective, moved
-from kfac_triton.steps.quadratic import Direction, FisherProducts, minimise, within
+from kfac_triton.steps.quadratic import Direction, FisherProducts
 from kfac_triton.steps.runner import Groups, Runner
 
 log = logging.getLogger("kfac_triton")
@@ -107,8 +109,9 @@ class Proposer:
         longest = max([float(group["lr"]) for group in groups])
         size = float(now.scales.size)
         if motion is not None:
-            bf16 = self._precision == "bf16" or (self._precision == "auto" and bool(first.get("bf16")))
-            motion.precondition_(bf16=bf16, chain=runner.estimator.chain)
+            asked = self._precision == "bf16"
+            bf16 = asked or (self._precision == "auto" and bool(first.get("bf16")))
+            motion.precondition_(bf16=bf16, narrowest=0 if asked else ops.ROUNDED, chain=runner.estimator.chain)
             _turn_(motion, [float(group["lr"]) for group in groups], longest)
         moving = first["adaptive_momentum"] or first["momentum"] != 0
         fixed = [
@@ -127,10 +130,13 @@ class Proposer:
             w[0] *= longest
         decay = [] if motion is None else motion.decays(groups)
         parameters = [*([] if motion is None else motion.values()), *fallback]
-        height = self._height(now, parameters, decay)
-        limits = [limit for limit in (height, LEAP * first["promise"]) if limit > 0]
-        w = within(w, H, b, min(limits)) if limits else w
-        predicted = float(w @ H @ w / 2 + b @ w)
+        predicted = promised(w, H, b)
+        usual = LEAP * first["promise"] or math.inf
+        loss = 0.0 if now.objective is None else now.objective.first
+        if not 0.0 <= -predicted <= min(loss, usual):  # the objective's height is at least its loss
+            limits = [limit for limit in (self._height(now, parameters, decay), usual) if 0 < limit < math.inf]
+            w = within(w, H, b, min(limits)) if limits else w
+            predicted = promised(w, H, b)
         if not math.isfinite(predicted):
             self._report(reason)
             w = _without_model(b[0] / (self._loss_scale * size), longest * size, fixed[1] or 0.0, first["kl_clip"])
@@ -199,6 +205,9 @@ def _turn_(motion: Motion, lrs: Sequence[float], longest: float) -> None:
 
     Not by lr itself: an adaptive alpha would undo a factor that all share.
     """
+    if min(lrs) == longest:
+        torch._foreach_neg_(motion.memory.V.flats)
+        return
     for own in motion.lists:
         lr = lrs[own.group]
         torch._foreach_mul_(own.V, -1.0 if lr == longest else -lr / longest)
@@ -206,7 +215,7 @@ def _turn_(motion: Motion, lrs: Sequence[float], longest: float) -> None:
 
 def _stacked(motion: Motion | None, fallback: Direction) -> tuple[list[nn.Parameter], list[Tensor]]:
     """(parameters, their directions Delta, delta_0 and, where there is one, `fallback`, stacked)."""
-    covered = [] if motion is None else [p for own in motion.lists for p in own.owners()]
+    covered = [] if motion is None else motion.owners
     both = [] if motion is None else motion.directions()
     if not fallback:
         return covered, both
@@ -223,11 +232,13 @@ def _inner_products(
     if motion is not None:
         memory = motion.memory
         assert memory.M is not None
-        products = [torch.mv(pair, J) for pair, J in zip(memory.pairs, memory.J.flats, strict=True)]
-        b[:2] = sum([product.double().cpu().numpy() for product in products])
-        if motion.whole and len(set(strength)) == 1:
-            D[:2, :2] = strength[0] * sum([(pair @ pair.mT).double().cpu().numpy() for pair in memory.pairs])
+        if motion.whole and min(strength) == max(strength):
+            # V times J, V and M and then M times J and M, of which mm's sums would be less exact
+            found = [torch.cat([torch.mv(rows, rows[1]), torch.mv(rows[::2], rows[2])]) for rows in memory.rows]
+            b[0], VV, VM, b[1], MM = np.sum([product.tolist() for product in found], axis=0)
+            D[:2, :2] = strength[0] * np.array([[VV, VM], [VM, MM]])
         else:
+            b[:2] = np.sum([torch.mv(rows[1:], rows[0]).tolist() for rows in memory.rows], axis=0)
             joints = (motion.views(memory.V), motion.views(memory.M))
             etas = [strength[own.group] for own in motion.lists for _ in own.J]
             for i, j in ((0, 0), (0, 1), (1, 1)):
@@ -258,9 +269,9 @@ def _combined(motion: Motion, w: Any) -> list[Tensor]:
 
 def _bounded_minimum(H: np.ndarray, b: np.ndarray, fixed: list[float | None]) -> np.ndarray:
     """The coefficients that minimise M with |mu| <= MAX_MOMENTUM; those in `fixed` are given."""
-    w, _ = minimise(H, b, fixed)
+    w = minimise(H, b, fixed)
     if fixed[1] is None and abs(w[1]) > MAX_MOMENTUM:
-        w, _ = minimise(H, b, [fixed[0], math.copysign(MAX_MOMENTUM, w[1]), *fixed[2:]])
+        w = minimise(H, b, [fixed[0], math.copysign(MAX_MOMENTUM, w[1]), *fixed[2:]])
     return w
 
 

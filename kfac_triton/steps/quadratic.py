@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -40,7 +39,6 @@ Products = tuple[Tensor, Tensor]  # the outputs z, and J v of every direction (k
 
 MIN_EXAMPLES = 128  # with fewer, one hard example outside the part makes a step many times too long
 ADJOINT = 0.05  # of |J v|: a larger error of <u, J v>, u of unit variance, is no rounding error
-DEPENDENT = 1e-10  # a smaller eigenvalue of unit curvatures means that the directions are one
 
 
 def _by_rules(begin: Begin, values: Values, directions: Directions) -> Products:
@@ -204,14 +202,16 @@ class FisherProducts:
 
     def output_gram(self, inputs: Inputs, z: Tensor, us: Tensor) -> tuple[Tensor, float | Tensor]:
         """(sum over the loss terms of u_i^T H u_j, the number of terms), H the Fisher of the outputs z, us (k, *z)."""
-        terms, directions = self._terms(z), torch.stack([self._terms(u) for u in us])
+        terms = self._terms(z)
+        as_they_are = terms.shape == z.shape and terms.stride() == z.stride() and terms.data_ptr() == z.data_ptr()
+        directions = us if as_they_are else torch.stack([self._terms(u) for u in us])
         roots = self.likelihood.fisher_root_product(terms, directions)
         count: float | Tensor = terms[..., 0].numel()
         if self.mask is not None:
             counted = counted_terms(self.mask, inputs, z, terms)
             roots, count = roots * counted.unsqueeze(-1), counted.sum()
         flat = roots.flatten(1)
-        return (flat @ flat.T).double(), count
+        return torch.mm(flat, flat.mT).double(), count
 
     def _terms(self, z: Tensor) -> Tensor:
         last = self.likelihood.terms_last(z)
@@ -252,36 +252,3 @@ class FisherProducts:
             self._way = number
             return self._terms(z).shape, (z, products)
         raise failure
-
-
-def minimise(H: np.ndarray, b: np.ndarray, fixed: Sequence[float | None]) -> tuple[np.ndarray, float]:
-    """(w, M(w)) at the minimum of M(w) = w^T H w / 2 + b^T w over the coefficients that are not `fixed`.
-
-    H (k, k) positive semi-definite, b (k,), float64. Directions that vanish or depend on others get the smallest
-    coefficients, in units in which every direction has curvature 1.
-    """
-    free = [i for i, value in enumerate(fixed) if value is None]
-    w = np.array([0.0 if value is None else value for value in fixed])
-    scale = np.sqrt(H.diagonal()[free].clip(0, None))
-    inverse_scale = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1.0), 0.0)
-    unit = H[np.ix_(free, free)] * inverse_scale * inverse_scale[:, None]
-    right = (b + H @ w)[free] * inverse_scale
-    if np.isfinite(unit).all() and np.isfinite(right).all():
-        w[free] = -inverse_scale * (np.linalg.pinv(unit, rcond=DEPENDENT, hermitian=True) @ right)
-    else:
-        w[free] = np.nan
-    return w, float(w @ H @ w / 2 + b @ w)
-
-
-def within(w: np.ndarray, H: np.ndarray, b: np.ndarray, most: float) -> np.ndarray:
-    """w, or the largest share of it whose predicted reduction is no more than `most`.
-
-    An objective that is never negative cannot fall by more than its height; a model that says so was fitted to other
-    examples than the gradient's.
-    """
-    slope, curvature = b @ w, w @ H @ w
-    if not -(slope + curvature / 2) > most:
-        return w
-    # the smaller root of curvature s^2 / 2 + slope s + most
-    share: float = 2 * most / (np.sqrt((slope**2 - 2 * curvature * most).clip(0, None)) - slope)
-    return w * share
