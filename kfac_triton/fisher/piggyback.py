@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -27,6 +26,7 @@ from kfac_triton.capture import (
     UseRecorder,
     compiled_parts,
     custom_layers,
+    gradients_at,
     unseen_uses,
 )
 from kfac_triton.distributed import Ranks
@@ -147,7 +147,7 @@ class Piggyback(Listener):
         batch = here.batch_of(set(behind))
         edges = [recorded.edge for _, recorded in uses]
         for direction in directions if edges else ():
-            found = torch.autograd.grad([edge], edges, [direction], retain_graph=True, allow_unused=True)
+            found = gradients_at(edges, edge, direction, keep_graph=True)
             for (weight, recorded), dy in zip(uses, found, strict=True):
                 if dy is not None:
                     use = here.of.setdefault(recorded, SeenUse(recorded, [], batch, examples, counted))
