@@ -195,7 +195,7 @@ class Replay:
                     owner[name] = changed.attribute(owner[name])
 
     def _place_opening(self, opening: Opening) -> None:
-        if opening.attributes or opening.copies.objects:
+        if opening.copies is not None:
             copies = Copies(self._state.storages, math.inf)
             for owner, name, kept in opening.attributes:
                 if kept is not MISSING:

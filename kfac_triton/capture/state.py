@@ -44,7 +44,9 @@ class Opening:
     tensor that it received, and there is no copy.
     """
 
-    def __init__(self, copies: Copies, received: Received, modules: list[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self, copies: Copies | None, received: Received, modules: list[nn.Module], device: torch.device
+    ) -> None:
         self.copies, self.received = copies, received
         self.modules, self.training = modules, list(map(training_of, modules))
         self.attributes: list[tuple[Owner, str, Any]] = []
@@ -58,6 +60,7 @@ class Opening:
 class _FirstOpening(Opening):
     """Where the first pass began; `owners` and the versions of trained parameters show what it changes."""
 
+    copies: Copies
     owners: list[Owner]
     trained: list[tuple[nn.Parameter, int]]
 
@@ -133,12 +136,13 @@ class ModuleState:
         if not self._known:
             return self._first_opening(args, kwargs or {})
         received = Received(args, kwargs or {}, copied=self.writes_inputs)
-        copies = Copies(self.storages, math.inf)
-        opening = Opening(copies, received, self.modules, self.device)
-        opening.versions = [one.parameter._version for one in self.untrained]
+        opening = Opening(None, received, self.modules, self.device)
+        if self.untrained:
+            opening.versions = [one.parameter._version for one in self.untrained]
         if self.draws_others:
             opening.others = OtherGenerators.now()
         if self._changing:
+            opening.copies = copies = Copies(self.storages, math.inf)
             opening.attributes = [
                 (owner, name, copies.attribute(owner.get(name, MISSING))) for owner, name in self._changing.values()
             ]
@@ -172,7 +176,7 @@ class ModuleState:
             if p._version != version:
                 self.learn(place, name)
         written = opening.received.written()
-        opening.lost = opening.received.lost()
+        opening.lost = opening.received.lost(written)
         self.writes_inputs |= written
         return opening.received.arguments(copies=written)
 

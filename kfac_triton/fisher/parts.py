@@ -136,7 +136,7 @@ def batch_size(inputs: Inputs) -> int | None:
     """N: the first axis of the first tensor that has axes; None where there is none."""
     for t in inputs.tensors():
         if t.dim():
-            return t.shape[0]
+            return t.size(0)  # strided nested tensors have no shape
     return None
 
 

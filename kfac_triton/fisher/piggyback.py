@@ -86,7 +86,8 @@ class Piggyback(Listener):
 
     def opened(self, call: Call) -> None:
         module = call.inputs.module
-        self._layers |= not any(module.children()) and module is not self.ledger.root
+        if module is not self.ledger.root and not any(module.children()):
+            self._layers = True
         if not (self.armed or self._layers) or self._due() is None or compiled_parts(module):
             return
         recorder = UseRecorder(p for p in self._parameters() if p.requires_grad)

@@ -48,7 +48,7 @@ def _plain(uses: list[SeenUse], layer: Layer, terms: float | Tensor) -> Sample |
     if len(uses) > 1 or len(seen.dys) > 1 or type(use) is not LinearUse or layer.layout.operation != "linear":
         return None
     x, dy, weight, ones = use.x, seen.dys[0], use.weight, layer.layout.bias
-    if x.dim() != 2 or dy.dim() != 2 or use.columns or use.batch_axis or (ones and use.bias is None):
+    if x.dim() != 2 or dy.dim() != 2 or dy.is_nested or use.columns or use.batch_axis or (ones and use.bias is None):
         return None
     if weight.start or weight.stop != weight.parameter.shape[0] or dy.shape != seen.recorded.shape:
         return None
