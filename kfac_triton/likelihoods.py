@@ -31,11 +31,15 @@ class Likelihood(ABC):
 
     def terms_last(self, outputs: Tensor) -> Tensor:
         """Outputs as (..., C) with the likelihood's own axis last; (N,) becomes (N, 1)."""
-        return outputs.unsqueeze(-1) if self._scalar(outputs) else outputs.movedim(self.dim, -1)
+        if self._scalar(outputs):
+            return outputs.unsqueeze(-1)
+        return outputs if self.dim == -1 else outputs.movedim(self.dim, -1)
 
     def terms_back(self, terms: Tensor, outputs: Tensor) -> Tensor:
         """The inverse of `terms_last`, in the shape of `outputs`."""
-        return terms.squeeze(-1) if self._scalar(outputs) else terms.movedim(-1, self.dim)
+        if self._scalar(outputs):
+            return terms.squeeze(-1)
+        return terms if self.dim == -1 else terms.movedim(-1, self.dim)
 
     def _scalar(self, outputs: Tensor) -> bool:
         return outputs.dim() == 1
@@ -96,10 +100,11 @@ class Categorical(Likelihood):
 
     def sampled_gradient(self, z: Tensor, generator: Generator) -> Tensor:
         p = torch.softmax(z, dim=-1)
-        # torch refuses to draw from, or asserts on, probabilities that are not finite; the gradient keeps them
-        rows = torch.nan_to_num(p, nan=1.0).flatten(0, -2) if p.dim() > 1 else torch.nan_to_num(p, nan=1.0)[None]
-        drawn = torch.multinomial(rows, 1, generator=generator)
-        return p - torch.zeros_like(p).scatter_(-1, drawn.reshape(*p.shape[:-1], 1), 1.0)
+        # what torch.multinomial does for one draw, without its refusal of probabilities that are not finite: the
+        # gradient keeps these
+        noise = torch.empty_like(p).exponential_(generator=generator)
+        drawn = (p / noise).argmax(dim=-1, keepdim=True)
+        return p - noise.zero_().scatter_(-1, drawn, 1.0)
 
     def fisher_column(self, z: Tensor, c: int) -> Tensor:
         p = torch.softmax(z, dim=-1)
@@ -145,7 +150,8 @@ class Bernoulli(Likelihood):
 
     def sampled_gradient(self, z: Tensor, generator: Generator) -> Tensor:
         p = torch.sigmoid(z)
-        return p - torch.bernoulli(torch.nan_to_num(p), generator=generator)
+        noise = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator)
+        return p - noise.lt_(p)  # torch.bernoulli draws one number after the other, in double precision
 
     def fisher_column(self, z: Tensor, c: int) -> Tensor:
         p = torch.sigmoid(z[..., c])

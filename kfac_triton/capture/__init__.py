@@ -17,7 +17,7 @@ from kfac_triton.capture.ledger import Ledger
 from kfac_triton.capture.passes import bare_pass, changed_outputs, closure_pass, watched_calls
 from kfac_triton.capture.patches import alone, backward_calls, traced_gradients, uncheckpointed
 from kfac_triton.capture.paths import UnseenUses
-from kfac_triton.capture.recorded import Recorded, Uses
+from kfac_triton.capture.recorded import Recorded, Uses, gradients_at
 from kfac_triton.capture.replay import Replay
 from kfac_triton.capture.state import ModuleState, Opening
 from kfac_triton.capture.taps import ModuleTaps, module_use
@@ -57,6 +57,7 @@ __all__ = [
     "compiled_parts",
     "custom_layers",
     "dense",
+    "gradients_at",
     "module_use",
     "sweep_inert",
     "traced_gradients",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -30,9 +31,9 @@ class Call:
 
     def close(self, state: ModuleState) -> None:
         """The call returned: what it received is in containers of its own, and no tensor that the call wrote to."""
-        assert self.inputs.opening is not None
-        args, kwargs = state.closing(self.inputs.opening)
-        self.inputs = self.inputs._replace(args=args, kwargs=kwargs)
+        module, _, _, autocast, note, opening = self.inputs
+        assert opening is not None
+        self.inputs = Inputs(module, *state.closing(opening), autocast, note, opening)
         self._versions = list(map(version, self.inputs.tensors()))
 
     def check_unwritten(self) -> None:
@@ -74,17 +75,18 @@ class Listener:
         """What counted so far does not count any more."""
 
 
-def ancestors_of(inputs: Inputs, made: Mapping[int, Call]) -> dict[Call, None]:
-    """The calls whose outputs the inputs were computed from, with their ancestors, in an order that repeats.
+def ancestors_of(tensors: Iterable[Tensor], made: Mapping[int, weakref.ref[Call]]) -> dict[Call, None]:
+    """The calls whose outputs these tensors were computed from, with their ancestors, in an order that repeats.
 
     `made`: the calls by the sequence numbers of the autograd nodes of their outputs.
     """
     found: dict[Call, None] = {}
-    nodes = [t.grad_fn for t in inputs.tensors() if t.grad_fn is not None]
+    nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]
     known = set(nodes)
     while nodes:
         node = nodes.pop()
-        call = made.get(node._sequence_nr())
+        reference = made.get(node._sequence_nr())
+        call = None if reference is None else reference()
         if call is not None:
             found |= {call: None, **call.ancestors}
             continue

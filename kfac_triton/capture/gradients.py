@@ -7,7 +7,6 @@ from enum import Enum
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 
 class Destination(Enum):
@@ -70,9 +69,14 @@ class Gradients:
         """In a backward pass: what becomes of the gradients of parameters, inner backward passes left out."""
         for p in self.parameters:
             if p.requires_grad:
+                # asked for anew each time: a node that is held would keep the shape of a parameter that changes it
+                before = torch.is_grad_enabled()
+                torch._C._set_grad_enabled(True)
+                made = p.view_as(p).grad_fn  # `get_gradient_edge` without its Python calls
+                torch._C._set_grad_enabled(before)
+                node = None if made is None else made.next_functions[0][0]
                 try:
-                    # asked for anew each time: a node that is held would keep the shape of a parameter that changes it
-                    if torch._C._will_engine_execute_node(get_gradient_edge(p).node):
+                    if node is not None and torch._C._will_engine_execute_node(node):
                         return Destination.ACCUMULATED
                 except RuntimeError:  # torch.autograd.grad with respect to this very parameter
                     return Destination.RETURNED

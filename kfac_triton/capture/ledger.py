@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from kfac_triton.capture.calls import Call, Listener, ancestors_of
 from kfac_triton.capture.compiled_calls import (
@@ -44,6 +44,7 @@ from kfac_triton.distributed import wrapper_in_forward
 log = logging.getLogger("kfac_triton")
 
 MAX_KEPT_BYTES = 2**31
+MOST_MADE = 64  # calls whose outputs are known, before those that are gone are looked for
 
 
 class _Task:
@@ -62,7 +63,13 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.open: list[nn.Module] = []
         self.call: Call | None = None
-        self.made: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
+        self.made: dict[int, weakref.ref[Call]] = {}  # by the sequence numbers of the nodes of their outputs
+
+    def note_made(self, node: Node, call: Call) -> None:
+        """The call has made the tensor at this node. A WeakValueDictionary would be three Python calls."""
+        if len(self.made) >= MOST_MADE:
+            self.made = {number: one for number, one in self.made.items() if one() is not None}
+        self.made[node._sequence_nr()] = weakref.ref(call)
 
 
 class Ledger(Hooks):
@@ -88,6 +95,7 @@ class Ledger(Hooks):
         super().__init__()
         self.root, self._state = state.root, state
         self._device_types = tuple(sorted(set(device_types)))
+        self._autocast: tuple[Autocast, ...] = ()
         self._listener = listener or Listener()
         self._changed = changed
         self._gradients = Gradients(parameters)
@@ -142,8 +150,8 @@ class Ledger(Hooks):
         if not here.open and self._begins(module):
             self.wrapper = wrapper_in_forward() or self.wrapper
             opening = self._state.opening(args, kwargs)
-            inputs = Inputs(module, args, kwargs, self.autocast(), self._listener.begun(), opening)
-            here.call = Call(inputs, ancestors_of(inputs, here.made))
+            inputs = Inputs(module, args, kwargs, self._autocast_here(), self._listener.begun(), opening)
+            here.call = Call(inputs, ancestors_of(inputs.tensors(), here.made) if here.made else {})
             self._inside_eager = True
             self._listener.opened(here.call)
         here.open.append(module)
@@ -152,7 +160,9 @@ class Ledger(Hooks):
         """Whether an outermost call, which this is, may be a pass of the user's that trains."""
         if not torch.is_grad_enabled() or own_pass_running() or self._inside_compiled or transformed():
             return False
-        if self._tasks and torch._C._current_graph_task_id() == -1:
+        if not self._tasks:
+            return True
+        if torch._C._current_graph_task_id() == -1:
             self._tasks.clear()  # of a backward pass that raised
         again = (call.inputs.module for task in self._tasks.values() for call in task.calls)
         return not any(module in set(root.modules()) for root in again)  # computed again under a checkpoint
@@ -179,10 +189,11 @@ class Ledger(Hooks):
         if watched is not None:
             tensor, receive = watched
             tensor.register_hook(receive)
-        tensors = list(outputs_of(returned))
+        tensors = [returned] if isinstance(returned, Tensor) else list(outputs_of(returned))
         for z in tensors:
-            if z.grad_fn is not None:  # a hook on a leaf, a parameter among the outputs, would outlive the pass
-                here.made[z.grad_fn._sequence_nr()] = call
+            node = z.grad_fn
+            if node is not None:  # a hook on a leaf, a parameter among the outputs, would outlive the pass
+                here.note_made(node, call)
                 z.register_hook(functools.partial(self._reached, call))
         if not tensors:
             self._hidden.append(call)
@@ -198,6 +209,15 @@ class Ledger(Hooks):
             Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in self._device_types
         )
+
+    def _autocast_here(self) -> tuple[Autocast, ...]:
+        """The same, as the last time where nothing changed; not for compiled code, which would keep that."""
+        for kind, enabled, dtype in self._autocast:
+            if torch.is_autocast_enabled(kind) is not enabled or torch.get_autocast_dtype(kind) is not dtype:
+                self._autocast = ()
+                break
+        self._autocast = self._autocast or self.autocast()
+        return self._autocast
 
     def _before_compiled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.graph is not None:
@@ -246,8 +266,9 @@ class Ledger(Hooks):
         if task is None:
             if self._pending and not self._gradients.kept(besides):
                 self.forget()
-            sure = self.destination() is Destination.ACCUMULATED
-            task = _Task(self.destination(), [] if sure else self._gradients.marks(besides))
+            destination = self.destination()
+            sure = destination is Destination.ACCUMULATED
+            task = _Task(destination, [] if sure else self._gradients.marks(besides))
             self._tasks[number] = task
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._ended, number))
         return task
@@ -336,7 +357,8 @@ class Ledger(Hooks):
         self._pending, self._returned, self._bytes = [], [], 0
         self._tasks.clear()
         self._hidden.clear()
-        self._compiled = no_calls()
+        if self._compiled[-1].module is not None:
+            self._compiled = no_calls()
         self._inside_compiled = 0
         self._leave()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 INTERNAL = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}  # attributes that every module has
 
 Owner = MutableMapping[str, Any]
+
+_attributes_of, _tables_of = attrgetter("__dict__"), itemgetter("_modules", "_buffers", "_parameters")
 
 
 def modules_of(root: nn.Module) -> list[nn.Module]:
@@ -69,17 +72,40 @@ class Tree:
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
-        self._tables: list[Any] = []
         self._slots: dict[nn.Module, list[Slots]] = {}
+        self._tables: list[Any] = []
+        self._children: list[Any] = []
+        self._ordinary = False
+        self.modules: list[nn.Module] = []
         self.refresh()
 
-    def refresh(self) -> None:
-        """Looks whether it is the same still."""
+    def refresh(self) -> bool:
+        """Looks whether it is the same still; returns whether it is."""
+        if self._ordinary and self._same():
+            return True
         modules = modules_of(self._root)
         tables = [table for m in modules for table in (m.__dict__, m._buffers, m._parameters)]
+        self._children = [child for m in modules for child in m._modules.values()]
         if len(tables) == len(self._tables) and all(map(is_, tables, self._tables)):
-            return
+            return True
         self._tables, self.modules = tables, modules
+        self._ordinary = all([isinstance(vars(m).get(n), dict) for m in modules for n in ("_buffers", "_parameters")])
+        self._look()
+        return False
+
+    def _same(self) -> bool:
+        """Whether no module keeps things elsewhere or has another child, in a few calls for all of them."""
+        attributes = list(map(_attributes_of, self.modules))
+        modules, buffers, parameters = zip(*map(_tables_of, attributes), strict=True)
+        children = list(chain.from_iterable([own.values() for own in modules]))
+        return (
+            all(map(is_, chain.from_iterable(zip(attributes, buffers, parameters, strict=True)), self._tables))
+            and len(children) == len(self._children)
+            and all(map(is_, children, self._children))
+        )
+
+    def _look(self) -> None:
+        modules = self.modules
         self.owners: list[Owner] = [
             table for m in modules for table in (vars(m), m._buffers) if isinstance(table, dict)
         ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ from kfac_triton.capture.replay import Replay, replayed
 from kfac_triton.capture.state import ModuleState, Opening
 
 
-@contextmanager
-def bare_pass(state: ModuleState, inputs: Inputs, seed: int | Opening, *, compiled: bool = False) -> Iterator[Replay]:
+class bare_pass:
     """The surroundings of a pass of K-FAC's own on `inputs`, which begins with `Replay.start`.
 
     Eager, gradients on, the autocast state of the user's pass, activation checkpointing of the re-entrant kind passed
@@ -25,19 +25,55 @@ def bare_pass(state: ModuleState, inputs: Inputs, seed: int | Opening, *, compil
     `inputs` has no opening of its own. `compiled`: it is a graph, in which nothing draws from
     torch's generators.
     """
-    opening = inputs.opening
-    if isinstance(seed, Opening):
-        opening = opening or seed
-    with (
-        own_pass(),
-        nullcontext() if compiled else eager(),
-        torch.enable_grad(),
-        without_reentrant_checkpoints(),
-        kept_gradients(),
-        _autocast(inputs.autocast),
-        replayed(state, opening, None if isinstance(seed, Opening) else seed, draws=not compiled) as replay,
-    ):
-        yield replay
+
+    def __init__(self, state: ModuleState, inputs: Inputs, seed: int | Opening, *, compiled: bool = False) -> None:
+        opening, number = inputs.opening, None
+        if isinstance(seed, Opening):
+            opening = opening or seed
+        else:
+            number = seed
+        self._state = state
+        self._gradients = kept_gradients(seldom=None if state.clears_gradients else state.parameters)
+        self._replayed = replayed(state, opening, number, draws=not compiled)
+        self._around: tuple[AbstractContextManager[Any] | None, ...] = (
+            own_pass(),
+            None if compiled else eager(),
+            torch.enable_grad(),
+            without_reentrant_checkpoints(),
+            self._gradients,
+            _autocast(inputs.autocast),
+            self._replayed,
+        )
+
+    def __enter__(self) -> Replay:
+        self._entered: list[AbstractContextManager[Any]] = []
+        replay: Any = None
+        try:
+            for one in self._around:
+                if one is not None:
+                    replay = one.__enter__()
+                    self._entered.append(one)
+        except BaseException:
+            self._leave(*sys.exc_info())
+            raise
+        entered: Replay = replay
+        return entered
+
+    def __exit__(self, *error: Any) -> None:
+        self._leave(*error)
+        if error[0] is None:
+            self._state.clears_gradients = self._gradients.cleared
+
+    def _leave(self, *error: Any) -> None:
+        """Leaves all that was entered, the last first, whatever one of them raises."""
+        failed: BaseException | None = None
+        for one in reversed(self._entered):
+            try:
+                one.__exit__(*error)
+            except BaseException as raised:
+                failed = raised
+        if failed is not None:
+            raise failed
 
 
 @contextmanager
@@ -93,12 +129,12 @@ def watched_calls(module: nn.Module) -> Iterator[list[nn.Module]]:
             handle.remove()
 
 
-def _autocast(states: tuple[Autocast, ...]) -> AbstractContextManager[Any]:
-    """In here these are the autocast states."""
+def _autocast(states: tuple[Autocast, ...]) -> AbstractContextManager[Any] | None:
+    """In here these are the autocast states; None where they are so anyway."""
     for kind, enabled, dtype in states:
         if torch.is_autocast_enabled(kind) != enabled or torch.get_autocast_dtype(kind) != dtype:
             return _autocast_set(states)
-    return nullcontext()
+    return None
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from kfac_triton.capture.owners import modules_of
 
 ALONE = threading.RLock()
+_grad = attrgetter("grad")
 
 
 class _Thread(threading.local):
@@ -238,41 +240,67 @@ def backward_calls() -> Iterator[BackwardCalls]:
         yield calls
 
 
-@contextmanager
-def kept_gradients(leaves: Iterable[Tensor] = (), *, backward: bool = True) -> Iterator[None]:
+class kept_gradients:
     """In here `.grad` of `leaves`, and of whatever zero_grad() and backward() reach, begins as None; afterwards it is
-    what it was. Without `backward`, backward passes do nothing."""
-    before: dict[int, tuple[Tensor, Tensor | None]] = {}
+    what it was. Without `backward`, backward passes do nothing.
 
-    def keep(tensors: Iterable[Tensor]) -> None:
+    `seldom`: parameters of a model that is not known to call zero_grad(). Then this is not replaced, since for every
+    exchanged method of `nn.Module` Python looks up all methods of all modules anew; a gradient that is missing
+    afterwards is put back. `cleared`: zero_grad() was called, or a gradient of these was written to.
+    """
+
+    def __init__(
+        self, leaves: Iterable[Tensor] = (), *, backward: bool = True, seldom: Sequence[Tensor] | None = None
+    ) -> None:
+        self.cleared = False
+        self._leaves, self._run, self._seldom = leaves, backward, seldom
+        self._before: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def __enter__(self) -> kept_gradients:
+        self._keep(self._leaves)
+        _BACKWARD.enter(self._backward)
+        if self._seldom is None:
+            for place in _ZERO_GRADS:
+                place.enter(self._zero_grad)
+        else:
+            self._gradients = list(map(_grad, self._seldom))
+            self._versions = [None if g is None else g._version for g in self._gradients]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _BACKWARD.leave()
+        if self._seldom is None:
+            for place in _ZERO_GRADS:
+                place.leave()
+        for t, grad in self._before.values():
+            t.grad = grad
+        if self._seldom is not None:
+            self._put_back(self._seldom)
+
+    def _put_back(self, parameters: Sequence[Tensor]) -> None:
+        for p, grad, version in zip(parameters, self._gradients, self._versions, strict=True):
+            if p.grad is not grad:
+                self.cleared, p.grad = True, grad
+            if grad is not None and grad._version != version:
+                self.cleared = True
+
+    def _keep(self, tensors: Iterable[Tensor]) -> None:
         for t in tensors:
-            if id(t) not in before:
+            if id(t) not in self._before:
                 with torch._C.DisableTorchFunction():  # a recorder of uses would take this for one
-                    before[id(t)] = (t, t.grad)
+                    self._before[id(t)] = (t, t.grad)
                     t.grad = None
 
-    def run_backward(original: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
-        if backward:
+    def _backward(self, original: Callable[..., None], tensors: Any, *args: Any, **kwargs: Any) -> None:
+        if self._run:
             calls = BackwardCalls()
             calls.note(tensors)
-            keep(calls.leaves())
+            self._keep(calls.leaves())
             original(tensors, *args, **kwargs)
 
-    def zero_grad(original: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
+    def _zero_grad(self, original: Callable[..., None], owner: Any, *args: Any, **kwargs: Any) -> None:
+        self.cleared = True
         groups = owner.param_groups if isinstance(owner, torch.optim.Optimizer) else [{"params": owner.parameters()}]
         for group in groups:
-            keep(group["params"])
+            self._keep(group["params"])
         original(owner, *args, **kwargs)
-
-    of_optimizers, of_modules = _ZERO_GRADS
-    try:
-        keep(leaves)
-        with (
-            _BACKWARD.replaced_by(run_backward),
-            of_optimizers.replaced_by(zero_grad),
-            of_modules.replaced_by(zero_grad),
-        ):
-            yield
-    finally:
-        for t, grad in before.values():
-            t.grad = grad

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,10 +32,10 @@ class TorchGenerators(NamedTuple):
 
     def moved(self) -> bool:
         """Whether a number was drawn since."""
-        now = TorchGenerators.now(self.device)
-        if not torch.equal(self.cpu, now.cpu):
+        if not torch.equal(self.cpu, torch.default_generator.get_state()):
             return True
-        return self.cuda is not None and now.cuda is not None and not torch.equal(self.cuda, now.cuda)
+        now = None if self.cuda is None else TorchGenerators.now(self.device).cuda
+        return self.cuda is not None and now is not None and not torch.equal(self.cuda, now)
 
     def restore(self) -> None:
         torch.default_generator.set_state(self.cpu)
@@ -49,17 +51,94 @@ class OtherGenerators(NamedTuple):
 
     @classmethod
     def now(cls) -> OtherGenerators:
-        return cls(random.getstate(), np.random.get_state(legacy=True))
+        """The same object again while nobody draws."""
+        return _LAST_STATES.read()
 
     def moved(self) -> bool:
         """Whether a number was drawn since."""
         now = OtherGenerators.now()
+        if now is self:
+            return False
         same = self.python == now.python and self.numpy[2:] == now.numpy[2:]
         return not (same and np.array_equal(self.numpy[1], now.numpy[1]))
 
     def restore(self) -> None:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
+
+
+class _LastStates:
+    """The states of Python's and numpy's global generators as they were last read, beside their bytes in memory.
+
+    To read the states takes 50 us, to compare their bytes 1 us. Where the bytes are not where they were looked for, as
+    under another Python or with another bit generator, every read is a full one.
+    """
+
+    def __init__(self) -> None:
+        self._memory: _Memory | None = None
+        self._looked = False
+        self._last: tuple[tuple[Any, ...], OtherGenerators] | None = None
+
+    def read(self) -> OtherGenerators:
+        if not self._looked:
+            self._looked, self._memory = True, _memory()
+        memory, last = self._memory, self._last
+        if memory is None or _bit_generator() is not memory.bits:
+            return OtherGenerators(random.getstate(), np.random.get_state(legacy=True))
+        found = memory.read()
+        if last is None or last[0] != found:
+            last = self._last = found, OtherGenerators(random.getstate(), np.random.get_state(legacy=True))
+        return last[1]
+
+
+_LAST_STATES = _LastStates()
+_bit_generator: Any = getattr(np.random, "get_bit_generator", lambda: None)  # of numpy 1.24 and later
+_HEADER = object.__basicsize__
+_TWISTER = struct.Struct("625I")  # the words of a Mersenne twister and its position
+
+
+class _Memory(NamedTuple):
+    """Where both generators lie. `numpy` beside its twister `bits` keeps the second of two normal numbers."""
+
+    python: random.Random
+    numpy: np.random.RandomState
+    bits: Any
+    twister: int
+
+    def read(self) -> tuple[Any, ...]:
+        read = ctypes.string_at
+        return (
+            self.python.gauss_next,  # type: ignore[attr-defined]
+            read(id(self.python) + _HEADER, _TWISTER.size),
+            read(id(self.numpy) + _HEADER, np.random.RandomState.__basicsize__ - _HEADER),
+            read(self.twister, _TWISTER.size),
+        )
+
+
+def _memory() -> _Memory | None:
+    """None unless what lies there is what the generators say they hold, and what numpy keeps beside it shows too."""
+    python: Any = getattr(random.getstate, "__self__", None)
+    numpy: Any = getattr(np.random.get_state, "__self__", None)
+    if type(python) is not random.Random or type(numpy) is not np.random.RandomState:
+        return None
+    bits = _bit_generator()
+    twister: Any = random.Random.__base__
+    if type(bits) is not np.random.MT19937 or twister.__basicsize__ < _HEADER + _TWISTER.size:
+        return None
+    position, *words = _TWISTER.unpack(ctypes.string_at(id(python) + _HEADER, _TWISTER.size))
+    if (*words, position) != python.getstate()[1]:
+        return None
+    memory = _Memory(python, numpy, bits, int(bits.ctypes.state_address))
+    state: Any = np.random.get_state(legacy=True)
+    if _TWISTER.unpack(memory.read()[3]) != (*state[1].tolist(), state[2]):
+        return None
+    apart = np.random.RandomState(0)
+    return memory if len({_drawn(apart, memory) for _ in range(2)}) == 2 else None
+
+
+def _drawn(generator: np.random.RandomState, memory: _Memory) -> bytes:
+    generator.normal()
+    return memory._replace(numpy=generator).read()[2]  # type: ignore[no-any-return]
 
 
 class TorchDraws:

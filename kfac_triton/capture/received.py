@@ -13,6 +13,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Received:
     """Arguments of a call at the moment it begins; `copied`: with copies of the tensors, as it may write to them."""
 
+    __slots__ = ("_contents", "_copies", "_leaves", "_objects", "_structure", "_versions")
+
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, copied: bool) -> None:
         self._structure: TreeSpec | None = None
         self._leaves: list[Any] = list(args)
@@ -20,16 +22,18 @@ class Received:
         if kwargs or not _plain(args):
             self._leaves, self._structure = tree_flatten((args, kwargs))
             self._objects = [x for x in self._leaves if not isinstance(x, Tensor) and hasattr(x, "__dict__")]
-        self._versions, self._contents = _versions(self._leaves), _contents(self._objects)
+        self._versions = _versions(self._leaves)
+        self._contents = _contents(self._objects) if self._objects else []
         self._copies = [_fresh(leaf) for leaf in self._leaves] if copied else None
 
     def written(self) -> bool:
         """Whether a tensor among them was written to since."""
         return _versions(self._leaves) != self._versions
 
-    def lost(self) -> bool:
-        """Whether there is no copy of a tensor that was written to: objects of no known kind are not copied."""
-        return (self._copies is None and self.written()) or _contents(self._objects) != self._contents
+    def lost(self, written: bool) -> bool:
+        """Whether there is no copy of a tensor that was `written` to: objects of no known kind are not copied."""
+        changed = bool(self._objects) and _contents(self._objects) != self._contents
+        return changed or (written and self._copies is None)
 
     def arguments(self, *, copies: bool = False) -> Arguments:
         """(args, kwargs) in containers of their own; with `copies`, the tensors as they were."""
@@ -70,7 +74,5 @@ def _versions(leaves: list[Any]) -> list[int]:
 
 def _contents(objects: list[Any]) -> list[tuple[str, int, int]]:
     """Name, identity and version of the tensors in the attributes of objects."""
-    if not objects:
-        return []
     held = [(name, value) for one in objects for name, value in vars(one).items() if isinstance(value, Tensor)]
     return [(name, id(value), -1 if value.is_inference() else value._version) for name, value in held]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 from kfac_triton.capture.tensors import packed
 from kfac_triton.operations.use import Use
@@ -17,6 +17,16 @@ from kfac_triton.operations.use import Use
 # A GradientEdge from a tuple of its fields without a Python call; behind node and output_nr come those with a default.
 edge_from: Callable[[tuple[Any, ...]], GradientEdge] = partial(tuple.__new__, GradientEdge)
 DEFAULTS = (None,) * (len(GradientEdge._fields) - 2)
+
+
+def gradients_at(
+    edges: Sequence[GradientEdge | None], root: Tensor | GradientEdge, direction: Tensor, *, keep_graph: bool
+) -> Sequence[Tensor | None]:
+    """`torch.autograd.grad` without the Python calls in which it looks at every edge; None where no gradient comes."""
+    found: Sequence[Tensor | None] = _engine_run_backward(
+        (root,), (direction,), keep_graph, False, tuple(edges), allow_unreachable=True, accumulate_grad=False
+    )
+    return found
 
 
 @dataclass(eq=False, repr=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,14 @@ from kfac_triton.capture.copies import Copies, storage_of
 from kfac_triton.capture.owners import INTERNAL, Owner, Tree
 from kfac_triton.capture.randomness import OtherGenerators, TorchGenerators
 from kfac_triton.capture.received import Arguments, Received
+from kfac_triton.capture.still import Still, still
 
 log = logging.getLogger("kfac_triton")
 
 SMALL = 2**24  # bytes of a tensor that is copied before it is known whether a forward pass writes to it
 MOST_UNTRAINED = 2**28  # bytes of parameters that are not trained, all together, that are
 MISSING = object()
+_requires_grad, training_of = attrgetter("requires_grad"), attrgetter("training")
 
 
 class Placed(NamedTuple):
@@ -41,9 +44,11 @@ class Opening:
     tensor that it received, and there is no copy.
     """
 
-    def __init__(self, copies: Copies, received: Received, modules: list[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self, copies: Copies | None, received: Received, modules: list[nn.Module], device: torch.device
+    ) -> None:
         self.copies, self.received = copies, received
-        self.modules, self.training = modules, [m.training for m in modules]
+        self.modules, self.training = modules, list(map(training_of, modules))
         self.attributes: list[tuple[Owner, str, Any]] = []
         self.versions: list[int] = []
         self.torch = TorchGenerators.now(device)
@@ -55,6 +60,7 @@ class Opening:
 class _FirstOpening(Opening):
     """Where the first pass began; `owners` and the versions of trained parameters show what it changes."""
 
+    copies: Copies
     owners: list[Owner]
     trained: list[tuple[nn.Parameter, int]]
 
@@ -62,8 +68,9 @@ class _FirstOpening(Opening):
 class ModuleState:
     """Saves where the user's passes of `root` begin, and knows what they change.
 
-    `modules`, `trained` parameters and `untrained` ones with their places are those of the last `refresh`; so are the
-    `keys` of every owner, and its `names`, those of them that not every module has.
+    `modules`, `trained` parameters and `untrained` ones with their places are those of the last `refresh`. So are the
+    owners: those that are `still`, and the others, `live`, with their keys and those of them that not every module has.
+    `recurrent`: there are recurrent layers.
     `written`: trained parameters that a forward pass writes to.
     """
 
@@ -72,33 +79,50 @@ class ModuleState:
         self.writes_inputs = False
         self.draws = self.draws_others = False  # torch's global generators; Python's or numpy's
         self.closure_draws = True  # until it is known that the last closure drew nothing
+        self.clears_gradients = True  # until a pass of K-FAC's own has shown that it calls no zero_grad()
         self.written: dict[nn.Parameter, None] = {}
         self.verified = False  # whether a pass of K-FAC's own has shown that it writes to no other trained parameter
         self._known = False
         self._changing: dict[tuple[int, str], tuple[Owner, str]] = {}
         self._warned: set[str] = set()
         self._tree = Tree(root)
-        self.keys: list[list[str]] = []
+        self._looked = False
         self.refresh()
 
     def refresh(self) -> None:
         """Looks at which modules and parameters there are."""
+        if not (self._tree.refresh() and self._looked and self._as_before()):
+            self._look()
+        self._storages: set[int | None] | None = None
+        self._kept_for_evaluation = self._tree.running_statistics()
+        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    def _as_before(self) -> bool:
+        return (
+            self.still.unchanged()
+            and list(map(_requires_grad, self.parameters)) == self.requires_grad
+            and all([list(owner) == keys for owner, keys, _ in self.live])
+        )
+
+    def _look(self) -> None:
         tree = self._tree
-        tree.refresh()
+        self._looked = True
         self.modules, self.owners, self.scripted = tree.modules, tree.owners, tree.scripted
-        keys = [list(owner) for owner in self.owners]
-        if keys != self.keys:
-            self.keys, self.names = keys, [[name for name in own if name not in INTERNAL] for own in keys]
-        self._kept_for_evaluation = tree.running_statistics()
-        self.places: list[Owner] = [table for table in tree.parameters if table]
-        placed = [(table, name, p) for table in self.places for name, p in table.items() if p is not None]
+        self.still = Still([owner for owner in self.owners if still(owner)], tree.parameters)
+        self.live = [
+            (owner, list(owner), [name for name in owner if name not in INTERNAL])
+            for owner in self.owners
+            if not still(owner)
+        ]
+        self.recurrent = any([isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in tree.modules])
+        places: list[Owner] = [table for table in tree.parameters if table]
+        placed = [(table, name, p) for table in places for name, p in table.items() if p is not None]
         self.parameters = [p for _, _, p in placed]
+        self.requires_grad = [p.requires_grad for p in self.parameters]
         self.trained = [p for p in self.parameters if p.requires_grad]
         self.untrained = [Placed(*one) for one in placed if not one[2].requires_grad and not one[2].is_inference()]
-        self.device = self.parameters[0].device if placed else torch.device("cpu")
-        self._storages: set[int | None] | None = None
         if self._changing:
-            known = {id(owner) for owner in (*self.owners, *self.places)}
+            known = {id(owner) for owner in (*self.owners, *places)}
             self._changing = {key: where for key, where in self._changing.items() if key[0] in known}
 
     def storages(self) -> set[int | None]:
@@ -112,12 +136,13 @@ class ModuleState:
         if not self._known:
             return self._first_opening(args, kwargs or {})
         received = Received(args, kwargs or {}, copied=self.writes_inputs)
-        copies = Copies(self.storages, math.inf)
-        opening = Opening(copies, received, self.modules, self.device)
-        opening.versions = [one.parameter._version for one in self.untrained]
+        opening = Opening(None, received, self.modules, self.device)
+        if self.untrained:
+            opening.versions = [one.parameter._version for one in self.untrained]
         if self.draws_others:
             opening.others = OtherGenerators.now()
         if self._changing:
+            opening.copies = copies = Copies(self.storages, math.inf)
             opening.attributes = [
                 (owner, name, copies.attribute(owner.get(name, MISSING))) for owner, name in self._changing.values()
             ]
@@ -151,7 +176,7 @@ class ModuleState:
             if p._version != version:
                 self.learn(place, name)
         written = opening.received.written()
-        opening.lost = opening.received.lost()
+        opening.lost = opening.received.lost(written)
         self.writes_inputs |= written
         return opening.received.arguments(copies=written)
 

@@ -134,7 +134,10 @@ class Parts:
 
 def batch_size(inputs: Inputs) -> int | None:
     """N: the first axis of the first tensor that has axes; None where there is none."""
-    return next((t.size(0) for t in inputs.tensors() if t.dim()), None)
+    for t in inputs.tensors():
+        if t.dim():
+            return t.size(0)  # strided nested tensors have no shape
+    return None
 
 
 def _structure(inputs: Inputs) -> Hashable:

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
@@ -27,6 +26,7 @@ from kfac_triton.capture import (
     UseRecorder,
     compiled_parts,
     custom_layers,
+    gradients_at,
     unseen_uses,
 )
 from kfac_triton.distributed import Ranks
@@ -86,7 +86,8 @@ class Piggyback(Listener):
 
     def opened(self, call: Call) -> None:
         module = call.inputs.module
-        self._layers |= not any(module.children()) and module is not self.ledger.root
+        if module is not self.ledger.root and not any(module.children()):
+            self._layers = True
         if not (self.armed or self._layers) or self._due() is None or compiled_parts(module):
             return
         recorder = UseRecorder(p for p in self._parameters() if p.requires_grad)
@@ -147,7 +148,7 @@ class Piggyback(Listener):
         batch = here.batch_of(set(behind))
         edges = [recorded.edge for _, recorded in uses]
         for direction in directions if edges else ():
-            found = torch.autograd.grad([edge], edges, [direction], retain_graph=True, allow_unused=True)
+            found = gradients_at(edges, edge, direction, keep_graph=True)
             for (weight, recorded), dy in zip(uses, found, strict=True):
                 if dy is not None:
                     use = here.of.setdefault(recorded, SeenUse(recorded, [], batch, examples, counted))

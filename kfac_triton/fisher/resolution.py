@@ -76,19 +76,19 @@ class Resolver:
         )
 
 
-def _signature(seen: Seen, parameters: Sequence[nn.Parameter]) -> Any:
-    uses = [
-        (
-            id(weight),
-            [
-                (u.operation, u.transposed, u.groups, u.weight.start, u.weight.stop)
-                + ((id(u.bias.parameter), u.bias.start, u.bias.stop) if u.bias is not None else ())
-                for u in [one.recorded.use for one in own]
-            ],
-        )
-        for weight, own in seen.uses.items()
-    ]
-    return uses, [(id(p), why) for p, why in seen.unsupported.items()], [id(p) for p in parameters]
+def _signature(seen: Seen, parameters: Sequence[nn.Parameter]) -> list[Any]:
+    """What layers follow from; one flat list, since this is made in every pass."""
+    flat: list[Any] = [*map(id, parameters)]
+    for weight, own in seen.uses.items():
+        flat += (id(weight), len(own))
+        for one in own:
+            use = one.recorded.use
+            part, bias = use.weight, use.bias
+            flat += (use.operation, use.transposed, use.groups, part.start, part.stop)
+            flat += (None,) if bias is None else (id(bias.parameter), bias.start, bias.stop)
+    for p, why in seen.unsupported.items():
+        flat += (id(p), why)
+    return flat
 
 
 def joint_biases(

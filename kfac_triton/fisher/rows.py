@@ -15,17 +15,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_triton import ops
-from kfac_triton.fisher.sampled import SeenUse
+from kfac_triton.fisher.resolution import Resolution
+from kfac_triton.fisher.sampled import Seen, SeenUse
 from kfac_triton.layer import Layer
 from kfac_triton.linalg.moments import rows_in
 from kfac_triton.operations.conv import ConvUse
 from kfac_triton.operations.embedding import TableUse
 from kfac_triton.operations.layout import DENSE, DIAGONAL, UNCORRELATED, Layout
+from kfac_triton.operations.linear import LinearUse
 from kfac_triton.operations.norm import ScaleUse
 from kfac_triton.operations.recurrent import RecurrentUse
 from kfac_triton.ops import Rows
 from kfac_triton.sample import Sample
 from kfac_triton.structures.sums import sums_of
+
+
+def samples_of(found: Resolution, seen: Seen, *, masked: bool) -> list[Sample]:
+    """The rows of every layer."""
+    by_weight, terms = seen.uses, seen.terms
+    samples = []
+    for layer, sharing in zip(found.layers, found.sharing, strict=True):
+        uses, reduce = by_weight[layer.weight], sharing == "reduce"
+        plain = None if masked or reduce else _plain(uses, layer, terms)
+        samples.append(plain or sample_of(uses, layer, terms, reduce=reduce, masked=masked))
+    return samples
+
+
+def _plain(uses: list[SeenUse], layer: Layer, terms: float | Tensor) -> Sample | None:
+    """The rows of a linear layer that was called once, with rows: they are what it received and what came back."""
+    seen = uses[0]
+    use = seen.recorded.use
+    if len(uses) > 1 or len(seen.dys) > 1 or type(use) is not LinearUse or layer.layout.operation != "linear":
+        return None
+    x, dy, weight, ones = use.x, seen.dys[0], use.weight, layer.layout.bias
+    if x.dim() != 2 or dy.dim() != 2 or dy.is_nested or use.columns or use.batch_axis or (ones and use.bias is None):
+        return None
+    if weight.start or weight.stop != weight.parameter.shape[0] or dy.shape != seen.recorded.shape:
+        return None
+    n = x.shape[0]
+    return Sample(layer, [x], [dy], terms, n, ones, None, [n if n == seen.examples else 0], uses)
 
 
 def sample_of(uses: list[SeenUse], layer: Layer, terms: float | Tensor, *, reduce: bool, masked: bool) -> Sample:

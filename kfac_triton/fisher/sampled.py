@@ -26,6 +26,7 @@ from kfac_triton.capture import (
     bare_pass,
     custom_layers,
     dense,
+    gradients_at,
     uncheckpointed,
 )
 from kfac_triton.fisher.parts import Parts, batch_size
@@ -40,7 +41,7 @@ MIN_TERMS = 512
 Blocks = Mapping[type[nn.Module], LayerBlock]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, slots=True)
 class SeenUse:
     """One use of a weight, the gradients of its output (one for each backward pass), its batch and examples in that.
 
@@ -95,9 +96,11 @@ def recorded_forward(
     module = inputs.module
     args, kwargs = replay.start(inputs.args, inputs.kwargs)
     recorder = UseRecorder(parameters)
+    if not (blocks or replay.recurrent):
+        with recorder:
+            return recorder, module(*args, **kwargs)
     with uncheckpointed(module), custom_layers(module, recorder, blocks or {}), recorder:
-        returned = module(*args, **kwargs)
-    return recorder, returned
+        return recorder, module(*args, **kwargs)
 
 
 def visible_inputs(inputs: Inputs) -> Any:
@@ -190,18 +193,22 @@ class FisherPass:
         recorded = [(w, r) for w, uses in recorder.uses.recorded.items() for r in uses]
         if not recorded or not z.requires_grad:
             return
+        edges = [r.edge for _, r in recorded]
         dys: list[list[Tensor]] = [[] for _ in recorded]
-        edges = [r.edge for _, r in recorded if r.edge is not None]
         for i, direction in enumerate(directions):
-            last = i + 1 == len(directions)
-            found = torch.autograd.grad(z, edges, direction, retain_graph=not last, allow_unused=True)
+            found = gradients_at(edges, z, direction, keep_graph=i + 1 < len(directions))
             for into, dy in zip(dys, found, strict=True):
                 if dy is not None:
                     into.append(dy)
         counted = None if valid is None else valid.flatten()
+        uses = seen.uses
         for (weight, r), gradients in zip(recorded, dys, strict=True):
             if gradients:
-                seen.uses.setdefault(weight, []).append(SeenUse(r, gradients, number, examples, counted))
+                use = SeenUse(r, gradients, number, examples, counted)
+                if weight in uses:
+                    uses[weight].append(use)
+                else:
+                    uses[weight] = [use]
 
     def directions(self, inputs: Inputs, z: Tensor, seed: int, seen: Seen) -> tuple[list[Tensor], Tensor | None, int]:
         """What to back-propagate from the outputs z, which of their terms count (None: all), and their examples.
@@ -211,14 +218,14 @@ class FisherPass:
         terms = self.likelihood.terms_last(z)
         terms = terms.float() if terms.dtype.itemsize < 4 else terms
         valid = None if self.mask is None else counted_terms(self.mask, inputs, z, terms)
-        count = terms[..., 0].numel()
+        count = math.prod(terms.shape[:-1])
         seen.terms = seen.terms + (count if valid is None else valid.sum())
         examples = batch_size(inputs) or z.shape[0]
         seen.terms_per_example = max(count // max(examples, 1), 1)
-        directions = [
-            self.likelihood.terms_back(d if valid is None else d * valid.unsqueeze(-1), z).to(z.dtype)
-            for d in self._directions(terms, seed)
-        ]
+        directions = []
+        for d in self._directions(terms, seed):
+            back = self.likelihood.terms_back(d if valid is None else d * valid.unsqueeze(-1), z)
+            directions.append(back if back.dtype == z.dtype else back.to(z.dtype))
         return directions, valid, examples
 
     def check_outputs(self, inputs: Inputs, z: Tensor) -> None:

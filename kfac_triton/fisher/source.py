@@ -19,7 +19,7 @@ from kfac_triton.fisher.loss_scale import FirstGradients
 from kfac_triton.fisher.parts import Parts
 from kfac_triton.fisher.piggyback import Piggyback
 from kfac_triton.fisher.resolution import Resolution, Resolver
-from kfac_triton.fisher.rows import sample_of
+from kfac_triton.fisher.rows import samples_of
 from kfac_triton.fisher.sampled import FisherPass, Seen, mixed_seed
 from kfac_triton.layer import Layer
 from kfac_triton.sample import Sample
@@ -155,11 +155,7 @@ class Source:
         if seen is None:
             seen = self._pass.run(kept, parameters, update, terms, self.ranks.rank)
         found = self._resolver.resolve(seen, parameters, self.names)
-        masked = self.settings.mask is not None
-        samples = [
-            sample_of(seen.uses[layer.weight], layer, seen.terms, reduce=sharing == "reduce", masked=masked)
-            for layer, sharing in zip(found.layers, found.sharing, strict=True)
-        ]
+        samples = samples_of(found, seen, masked=self.settings.mask is not None)
         if self.settings.approximation == "tridiagonal" and samples:
             self._check_chain(seen, samples)
         return Observed(found, samples, seen.terms_per_example)
