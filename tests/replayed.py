@@ -14,7 +14,7 @@ from kfac_triton.fisher.sampled import recorded_forward
 def own_forward(model: nn.Module, x: Tensor) -> Callable[[], tuple[UseRecorder, Tensor]]:
     """K-FAC's forward pass through a model that was called once."""
     parameters, state = list(model.parameters()), ModuleState(model)
-    opening = state.opening((x,), {})
+    opening = state.opening(None, (x,), {})
     model(x)
     state.closing(opening)
     inputs, unseen = Inputs(model, (x,), {}, opening=opening), UnseenUses()

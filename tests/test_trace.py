@@ -70,6 +70,34 @@ def test_the_statistics_are_those_of_the_state_that_the_users_pass_met(kind):
         torch.testing.assert_close(optimizer.factors()["b"]["A"], torch.stack(moments).mean(0))
 
 
+@pytest.mark.parametrize("first", ["a layer", "the model"])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_a_call_of_one_module_does_not_tell_what_one_of_another_changes(kind, first):
+    """A model that holds one with a state: a layer of it, or a way past it, is called before it is."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = kind()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner.b(torch.tanh(self.inner.a(x)))
+
+    x, y = data()
+    model = Holder()
+    optimizer = optimizer_of("plain", model, lr=0.0)
+    if first == "the model":
+        model(x)
+    else:
+        model.inner.a(x)
+    entered: list[Tensor] = []
+    model.inner.b.register_forward_pre_hook(lambda layer, args: entered.append(args[0].detach().clone()))
+    F.cross_entropy(model.inner(x), y).backward()
+    moment = second_moment(entered[0])
+    optimizer.step()
+    torch.testing.assert_close(optimizer.factors()["inner.b"]["A"], moment)
+
+
 @pytest.mark.parametrize("kind", STATEFUL)
 def test_the_objective_is_asked_in_the_state_of_the_first_call(kind):
     x, y = data()
@@ -385,11 +413,11 @@ def test_what_is_saved_of_a_module_without_state_costs_as_little_at_any_depth():
     for depth in (4, 24):
         model = nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(4, 4), nn.Tanh())))
         state, x = ModuleState(model), torch.ones(2, 4)
-        state.closing(state.opening((x,), {}))
+        state.closing(state.opening(None, (x,), {}))
         calls = []
         gc.disable()
         sys.setprofile(lambda frame, event, arg: calls.append(event))  # noqa: B023
-        state.closing(state.opening((x,), {}))
+        state.closing(state.opening(None, (x,), {}))
         sys.setprofile(None)
         gc.enable()
         counts.append(sum(event in ("call", "c_call") for event in calls))
@@ -402,7 +430,7 @@ def test_running_statistics_are_not_saved_when_a_pass_begins():
     for layer in (nn.BatchNorm1d(6), nn.BatchNorm1d(6, momentum=None), nn.utils.spectral_norm(nn.Linear(6, 6))):
         state, x = ModuleState(nn.Sequential(nn.Linear(6, 6), layer)), data()[0]
         for _ in range(2):
-            opening = state.opening((x,), {})
+            opening = state.opening(None, (x,), {})
             state.root(x)
             state.closing(opening)
         sizes.append(len(opening.attributes))

@@ -35,7 +35,7 @@ class Copies:
 
     def __init__(self, kept: Callable[[], set[int | None]], limit: float) -> None:
         self.objects: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
-        self._limit = limit
+        self.limit = limit
         self._kept = kept
         self._copies: dict[int, tuple[Any, Any]] = {}  # id(value) -> (value, copy); holding both keeps the ids valid
         self._originals: dict[int, tuple[Tensor, int]] = {}  # id(copy of a tensor) -> (tensor, the copy's version)
@@ -90,7 +90,7 @@ class Copies:
             if isinstance(value, tuple):
                 return self._tuple(value, depth)
             if isinstance(value, ARRAYS):
-                return value.copy() if value.nbytes <= self._limit else value
+                return value.copy() if value.nbytes <= self.limit else value
             if isinstance(value, GENERATORS):
                 return value.clone_state() if isinstance(value, torch.Generator) else copy.deepcopy(value)
         except Exception:  # a class of the user's that cannot be copied
@@ -120,9 +120,9 @@ class Copies:
         storage = storage_of(t)
         size = 0 if storage is None else t.untyped_storage().nbytes()
         elsewhere = type(t) is not Tensor or t.is_nested or storage is None or storage in self._kept()
-        if elsewhere or min(size, t.nbytes) > self._limit:
+        if elsewhere or min(size, t.nbytes) > self.limit:
             copied = t
-        elif size > self._limit or t.is_conj() or t.is_neg() or t.is_quantized:
+        elif size > self.limit or t.is_conj() or t.is_neg() or t.is_quantized:
             copied = t.detach().clone()
         else:
             if storage not in self._storages:

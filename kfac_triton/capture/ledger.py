@@ -149,7 +149,7 @@ class Ledger(Hooks):
             self._leave()
         if not here.open and self._begins(module):
             self.wrapper = wrapper_in_forward() or self.wrapper
-            opening = self._state.opening(args, kwargs)
+            opening = self._state.opening(module, args, kwargs)
             inputs = Inputs(module, args, kwargs, self._autocast_here(), self._listener.begun(), opening)
             here.call = Call(inputs, ancestors_of(inputs.tensors(), here.made) if here.made else {})
             self._inside_eager = True

@@ -117,6 +117,11 @@ class Tree:
         self.scripted = [m for m in modules if not isinstance(m._buffers, dict)]
         self._norms = [m for m in modules if isinstance(m, _NormBase)]
 
+    def below(self, module: nn.Module) -> list[Owner]:
+        """The owners that belong to a module and to those in it."""
+        own = {id(x) for m in modules_of(module) for x in (vars(m), m._buffers, *self._slots.get(m, ()))}
+        return [owner for owner in self.owners if id(owner) in own]
+
     def running_statistics(self) -> set[int]:
         """The ids of the buffers whose values change no output in training: averages kept for evaluation."""
         return {id(m._buffers) for m in self._norms if m.momentum is not None}

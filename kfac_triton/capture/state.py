@@ -58,9 +58,10 @@ class Opening:
 
 
 class _FirstOpening(Opening):
-    """Where the first pass began; `owners` and the versions of trained parameters show what it changes."""
+    """Where the first pass of `called` began; `owners` and the versions of trained parameters show what it changes."""
 
     copies: Copies
+    called: nn.Module
     owners: list[Owner]
     trained: list[tuple[nn.Parameter, int]]
 
@@ -82,7 +83,7 @@ class ModuleState:
         self.clears_gradients = True  # until a pass of K-FAC's own has shown that it calls no zero_grad()
         self.written: dict[nn.Parameter, None] = {}
         self.verified = False  # whether a pass of K-FAC's own has shown that it writes to no other trained parameter
-        self._known = False
+        self._known: dict[nn.Module, None] = {}  # modules of whose calls it is known what they change
         self._changing: dict[tuple[int, str], tuple[Owner, str]] = {}
         self._warned: set[str] = set()
         self._tree = Tree(root)
@@ -121,6 +122,7 @@ class ModuleState:
         self.requires_grad = [p.requires_grad for p in self.parameters]
         self.trained = [p for p in self.parameters if p.requires_grad]
         self.untrained = [Placed(*one) for one in placed if not one[2].requires_grad and not one[2].is_inference()]
+        self._known = {m: None for m in self.modules if m in self._known}
         if self._changing:
             known = {id(owner) for owner in (*self.owners, *places)}
             self._changing = {key: where for key, where in self._changing.items() if key[0] in known}
@@ -131,10 +133,13 @@ class ModuleState:
             self._storages = {storage_of(p) for p in self.parameters} - {None}
         return self._storages
 
-    def opening(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Opening:
-        """A forward pass, or a closure that runs some, begins."""
-        if not self._known:
-            return self._first_opening(args, kwargs or {})
+    def opening(
+        self, called: nn.Module | None = None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Opening:
+        """A forward pass, a call of some module, begins, or a closure that runs some."""
+        called = self.root if called is None else called
+        if called not in self._known:
+            return self._first_opening(called, args, kwargs or {})
         received = Received(args, kwargs or {}, copied=self.writes_inputs)
         opening = Opening(None, received, self.modules, self.device)
         if self.untrained:
@@ -142,28 +147,37 @@ class ModuleState:
         if self.draws_others:
             opening.others = OtherGenerators.now()
         if self._changing:
-            opening.copies = copies = Copies(self.storages, math.inf)
-            opening.attributes = [
-                (owner, name, copies.attribute(owner.get(name, MISSING))) for owner, name in self._changing.values()
-            ]
+            opening.copies = Copies(self.storages, math.inf)
+            opening.attributes = self._kept_changing(opening.copies)
         return opening
 
-    def _first_opening(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opening:
-        """Saves all of the state."""
+    def _kept_changing(self, copies: Copies) -> list[tuple[Owner, str, Any]]:
+        return [(owner, name, copies.attribute(owner.get(name, MISSING))) for owner, name in self._changing.values()]
+
+    def _first_opening(self, called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opening:
+        """Saves all of the state; once some module was called, what belongs to this one, and what is known to change.
+
+        A call of a layer says nothing of what a later one of the whole model changes.
+        """
         self.refresh()
         received = Received(args, kwargs, copied=True)
-        copies = Copies(self.storages, SMALL)
+        copies = Copies(self.storages, math.inf)
         opening = _FirstOpening(copies, received, self.modules, self.device)
-        opening.owners = self.owners
+        opening.called = called
+        opening.owners = self._tree.below(called) if self._known else self.owners
         opening.trained = [(p, p._version) for p in self.trained if not p.is_inference()]
         opening.others = OtherGenerators.now()
-        attributes = [(owner, name) for owner in self.owners for name in owner.keys() - INTERNAL]
-        opening.attributes = [(owner, name, copies.of(owner[name])) for owner, name in attributes]
+        opening.attributes = self._kept_changing(copies)
+        copies.limit = SMALL
+        attributes = [(owner, name) for owner in opening.owners for name in owner.keys() - INTERNAL]
+        opening.attributes += [
+            (owner, name, copies.of(owner[name])) for owner, name in attributes if not self.changes(owner, name)
+        ]
         opening.versions = [one.parameter._version for one in self.untrained]
         size = 0
         for place, name, p in self.untrained:
             size += p.nbytes
-            if p.nbytes <= SMALL and size <= MOST_UNTRAINED:
+            if not self.changes(place, name) and p.nbytes <= SMALL and size <= MOST_UNTRAINED:
                 opening.attributes.append((place, name, copies.attribute(p)))
         return opening
 
@@ -192,10 +206,11 @@ class ModuleState:
                     opening.attributes.append((owner, name, MISSING))
         opening.attributes = [one for one in opening.attributes if self.changes(*one[:2])]
         self.written |= dict.fromkeys(p for p, version in opening.trained if p._version != version)
-        self.draws_others = opening.others is not None and opening.others.moved()
-        if not self.draws_others:
+        if opening.others is not None and opening.others.moved():
+            self.draws_others = True
+        elif not self.draws_others:
             opening.others = None
-        self._known = True
+        self._known[opening.called] = None
 
     def learn(self, owner: Owner, name: str) -> None:
         """A forward pass changes this attribute."""
