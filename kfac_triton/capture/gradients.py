@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ class Destination(Enum):
     RETURNED = "returned by torch.autograd.grad"
     NOWHERE = "not computed"
 
+
+_grad_of, _version_of = attrgetter("grad"), attrgetter("_version")
 
 Mark = tuple[int, int] | None  # identity and version of a gradient; None where there is none
 
@@ -35,6 +38,12 @@ class Gradients:
 
     def marks(self, besides: Tensor | None = None) -> list[Mark]:
         """The mark of every gradient; None for that of the parameter `besides`."""
+        if besides is None:
+            grads = list(map(_grad_of, self.parameters))
+            try:
+                return list(zip(map(id, grads), map(_version_of, grads), strict=True))
+            except AttributeError:  # one is None
+                pass
         return [None if (g := p.grad) is None or p is besides else (id(g), g._version) for p in self.parameters]
 
     def note(self) -> None:

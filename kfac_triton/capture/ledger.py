@@ -192,9 +192,9 @@ class Ledger(Hooks):
         tensors = [returned] if isinstance(returned, Tensor) else list(outputs_of(returned))
         for z in tensors:
             node = z.grad_fn
-            if node is not None:  # a hook on a leaf, a parameter among the outputs, would outlive the pass
+            if node is not None:  # a leaf among the outputs, a parameter, has none
                 here.note_made(node, call)
-                z.register_hook(functools.partial(self._reached, call))
+                node.register_prehook(functools.partial(self._reached, call))
         if not tensors:
             self._hidden.append(call)
             self._hearing.hides = True
@@ -247,8 +247,8 @@ class Ledger(Hooks):
 
     # ------------------------------------------------------------------------------------------------------ backward
 
-    def _reached(self, call: Call, gradient: Tensor) -> None:
-        """dL/dz of an output is there; nothing in front of it has been accumulated yet."""
+    def _reached(self, call: Call, gradients: tuple[Tensor, ...]) -> None:
+        """A backward pass is where an output was made; nothing in front of it has been accumulated yet."""
         if self.paused:
             return
         task = self._task()
