@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kfac_triton import KFAC
-from kfac_triton.capture import ledger
+from kfac_triton.capture import backward as backward_passes
 
 Program = Callable[[nn.Module, Callable[..., Tensor], Tensor, Tensor], Tensor]
 
@@ -617,7 +617,7 @@ def test_layers_of_a_list():
 
 def test_kept_inputs_are_bounded(monkeypatch, caplog):
     """Micro-batches beyond the bound stay out of the factors, with one warning; the first is always kept."""
-    monkeypatch.setattr(ledger, "MAX_KEPT_BYTES", 2 * 32 * 6 * 4)
+    monkeypatch.setattr(backward_passes, "MAX_KEPT_BYTES", 2 * 32 * 6 * 4)
     x, y = data(32)
     model = mlp()
     optimizer = KFAC(model, **WHOLE, lr=0.0)

@@ -12,7 +12,6 @@ asks the autograd engine which of them it runs through.
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 import threading
 import weakref
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from kfac_triton.capture.backward import BackwardPasses
 from kfac_triton.capture.calls import Call, Listener, ancestors_of
 from kfac_triton.capture.compiled_calls import (
     CompiledCall,
@@ -32,29 +32,14 @@ from kfac_triton.capture.compiled_calls import (
     ran_through,
     released,
 )
-from kfac_triton.capture.gradients import Destination, Gradients, Mark
 from kfac_triton.capture.hearing import Hearing
 from kfac_triton.capture.inputs import Autocast, Hooks, Inputs
 from kfac_triton.capture.patches import own_pass_running
 from kfac_triton.capture.state import ModuleState
-from kfac_triton.capture.tensors import nbytes
 from kfac_triton.capture.traced import TracedPass
 from kfac_triton.distributed import wrapper_in_forward
 
-log = logging.getLogger("kfac_triton")
-
-MAX_KEPT_BYTES = 2**31
 MOST_MADE = 64  # calls whose outputs are known, before those that are gone are looked for
-
-
-class _Task:
-    """A backward pass under way: the calls that it has reached, where it puts gradients, and those from before it."""
-
-    def __init__(self, destination: Destination, before: list[Mark]) -> None:
-        self.calls: list[Call] = []
-        self.destination = destination
-        self.before = before
-        self.compiled_known = False
 
 
 class _Here(threading.local):
@@ -75,10 +60,9 @@ class _Here(threading.local):
 class Ledger(Hooks):
     """Keeps the calls of `state.root` and its parts that made the present gradients of `parameters`.
 
-    `paused`: a backward pass of K-FAC's own runs through the user's graph, which is none of the user's. `wrapper`: the
-    DistributedDataParallel whose forward pass made the last call. `changed()` calls `follow` if there are other
-    parameters now. `on_outputs`, while it is there, may name a tensor in what a call returned and what is to receive
-    its gradient. `graph`, while it is there, hears of calls in compiled code in the ledger's place.
+    `wrapper`: the DistributedDataParallel whose forward pass made the last call. `changed()` calls `follow` if there
+    are other parameters now. `on_outputs`, while it is there, may name a tensor in what a call returned and what is to
+    receive its gradient. `graph`, while it is there, hears of calls in compiled code in the ledger's place.
     """
 
     on_outputs: Callable[[Inputs, Any], tuple[Tensor, Callable[[Tensor], None]] | None] | None = None
@@ -97,28 +81,20 @@ class Ledger(Hooks):
         self._device_types = tuple(sorted(set(device_types)))
         self._autocast: tuple[Autocast, ...] = ()
         self._listener = listener or Listener()
-        self._changed = changed
-        self._gradients = Gradients(parameters)
+        self.backward = BackwardPasses(parameters, self._listener, changed)
         self._here = _Here()
-        self._tasks: dict[int, _Task] = {}
-        self._pending: list[Call] = []
-        self._returned: list[Call] = []
-        self._bytes = 0
-        self._full = False
         self._hidden: list[Call] = []  # calls that returned no tensor: any backward pass may be theirs
         self._compiled = no_calls()
         self._inside_compiled = 0
         self._inside_eager = False  # read by compiled code, to which a thread's own record is closed
-        self._asked = (-1, Destination.NOWHERE)
         self.incomplete = False
-        self.paused = False
         self.wrapper: nn.Module | None = None
         self._hearing = Hearing(self.root, self._before, self._after, self._accumulated)
         self._hearing.everything(parameters)
 
     def follow(self, parameters: Sequence[nn.Parameter]) -> None:
         """Look at the gradients of these parameters from now on, and hear modules that were added to the root."""
-        self._gradients.follow(parameters)
+        self.backward.gradients.follow(parameters)
         self._hearing.everything(parameters)
 
     def close(self) -> None:
@@ -160,12 +136,7 @@ class Ledger(Hooks):
         """Whether an outermost call, which this is, may be a pass of the user's that trains."""
         if not torch.is_grad_enabled() or own_pass_running() or self._inside_compiled or transformed():
             return False
-        if not self._tasks:
-            return True
-        if torch._C._current_graph_task_id() == -1:
-            self._tasks.clear()  # of a backward pass that raised
-        again = (call.inputs.module for task in self._tasks.values() for call in task.calls)
-        return not any(module in set(root.modules()) for root in again)  # computed again under a checkpoint
+        return not self.backward.runs_again(module)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> None:
         if self.inert:
@@ -194,11 +165,11 @@ class Ledger(Hooks):
             node = z.grad_fn
             if node is not None:  # a leaf among the outputs, a parameter, has none
                 here.note_made(node, call)
-                node.register_prehook(functools.partial(self._reached, call))
+                node.register_prehook(functools.partial(self.backward.reached, call))
         if not tensors:
             self._hidden.append(call)
             self._hearing.hides = True
-            self._hearing.gradients(self._gradients.parameters)
+            self._hearing.gradients(self.backward.gradients.parameters)
         root = self._listener.closed(call, returned)
         if root is not None:
             root.register_hook(functools.partial(self._arrived, call, root.output_nr))
@@ -247,79 +218,21 @@ class Ledger(Hooks):
 
     # ------------------------------------------------------------------------------------------------------ backward
 
-    def _reached(self, call: Call, gradients: tuple[Tensor, ...]) -> None:
-        """A backward pass is where an output was made; nothing in front of it has been accumulated yet."""
-        if self.paused:
-            return
-        task = self._task()
-        if call not in task.calls:
-            task.calls.append(call)
-
     def _arrived(self, call: Call, place: int, gradient: Tensor) -> None:
-        if not self.paused:
+        if not self.backward.paused:
             self._listener.arrived(call, GradientEdge(torch._C._current_autograd_node(), place))
-
-    def _task(self, besides: Tensor | None = None) -> _Task:
-        """The record of this backward pass; a re-entrant checkpoint inside one has its own."""
-        number = torch._C._current_graph_task_id()
-        task = self._tasks.get(number)
-        if task is None:
-            if self._pending and not self._gradients.kept(besides):
-                self.forget()
-            destination = self.destination()
-            sure = destination is Destination.ACCUMULATED
-            task = _Task(destination, [] if sure else self._gradients.marks(besides))
-            self._tasks[number] = task
-            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._ended, number))
-        return task
-
-    def destination(self) -> Destination:
-        """In a backward pass: what becomes of the gradients of parameters."""
-        number = torch._C._current_graph_task_id()
-        if self._asked[0] != number:
-            found = self._gradients.destination()
-            if found is Destination.NOWHERE:  # perhaps since the user exchanged parameters
-                self._changed()
-                found = self._gradients.destination()
-            self._asked = (number, found)
-        return self._asked[1]
 
     def _accumulated(self, parameter: Tensor) -> None:
         """A parameter has received its gradient."""
         compiled = self._compiled[-1].module is not None
         if self.inert or own_pass_running() or not (compiled or self._hidden):
             return
-        task = self._task(parameter)
-        task.calls += self._hidden
+        here = self.backward.here(parameter)
+        here.calls += self._hidden
         self._hidden.clear()
-        if compiled and not task.compiled_known:
-            task.compiled_known = True
-            task.calls += [_call_of(call) for call in ran_through(self._compiled, alone=not task.calls)]
-
-    def _ended(self, number: int) -> None:
-        task = self._tasks.pop(number, None)
-        if task is None:
-            return
-        counted = task.destination is Destination.ACCUMULATED or self._gradients.changed(task.before)
-        if counted:
-            self._gradients.note()
-            for call in task.calls:
-                self._keep(call)
-        elif task.destination is Destination.RETURNED and self._listener.assigned_gradients:
-            self._returned = task.calls
-        self._listener.ended(counted)
-
-    def _keep(self, call: Call) -> None:
-        if call in self._pending:
-            return
-        size = sum(map(nbytes, call.inputs.tensors()))
-        if self._pending and self._bytes + size > MAX_KEPT_BYTES:
-            if not self._full:
-                log.warning("a step's inputs exceed %d bytes; the later ones stay out of the factors", MAX_KEPT_BYTES)
-            self._full = True
-            return
-        self._bytes += size
-        self._pending.append(call)
+        if compiled and not here.compiled_known:
+            here.compiled_known = True
+            here.calls += [_call_of(call) for call in ran_through(self._compiled, alone=not here.calls)]
 
     # ---------------------------------------------------------------------------------------------------------- step
 
@@ -328,34 +241,24 @@ class Ledger(Hooks):
 
         `incomplete` says afterwards whether parts of the root may have been called that were not heard.
         """
-        if self._gradients.cleared():
-            self.forget()
-        calls = self._pending
-        if not calls and self._listener.assigned_gradients and not self._gradients.cleared():
-            calls = self._returned or [_call_of(call) for call in released(self._compiled)]
+        gradients = self.backward.gradients
+        if gradients.cleared():
+            self.backward.forget()
+        calls = self.backward.pending
+        if not calls and self._listener.assigned_gradients and not gradients.cleared():
+            calls = self.backward.returned or [_call_of(call) for call in released(self._compiled)]
         self._hearing.compiles |= self._compiled[-1].module is not None
         self.reset()
-        self.incomplete = self._hearing.learn((call.inputs.module for call in calls), self._gradients.parameters)
+        self.incomplete = self._hearing.learn((call.inputs.module for call in calls), gradients.parameters)
         return calls
-
-    def reached(self) -> list[Call]:
-        """In a backward pass: the calls that it has reached so far."""
-        task = self._tasks.get(torch._C._current_graph_task_id())
-        return [] if task is None else task.calls
 
     def pending(self) -> list[Call]:
         """The calls that made the present gradients so far."""
-        return list(self._pending)
-
-    def forget(self) -> None:
-        """Drop what was kept: its gradients were cleared, or the step is skipped."""
-        self._pending, self._bytes = [], 0
-        self._listener.dropped()
+        return list(self.backward.pending)
 
     def reset(self) -> None:
         """Forget what is open: calls and backward passes that raised, and calls that no gradient came from."""
-        self._pending, self._returned, self._bytes = [], [], 0
-        self._tasks.clear()
+        self.backward.reset()
         self._hidden.clear()
         if self._compiled[-1].module is not None:
             self._compiled = no_calls()

@@ -111,20 +111,20 @@ class Piggyback(Listener):
         return z
 
     def arrived(self, call: Call, edge: GradientEdge) -> None:
-        if self.ledger.destination() is not Destination.ACCUMULATED:
+        if self.ledger.backward.destination() is not Destination.ACCUMULATED:
             return
-        if any(call in other.ancestors for other in self.ledger.reached()):
+        if any(call in other.ancestors for other in self.ledger.backward.calls_here()):
             return
         update = self._due()
         if update is None:
             return
         if self._here is None:
             self._here = _Outputs()
-        self.ledger.paused = True
+        self.ledger.backward.paused = True
         try:
             self._back_from(call, edge, update, self._here)
         finally:
-            self.ledger.paused = False
+            self.ledger.backward.paused = False
 
     def _back_from(self, call: Call, edge: GradientEdge, update: int, here: _Outputs) -> None:
         behind = [c for c in (call, *call.ancestors) if c.record is not None]

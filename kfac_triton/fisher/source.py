@@ -76,7 +76,7 @@ class Source:
         device_types = {"cpu", *(p.device.type for p in parameters)}
         self.passes = Ledger(self.module_state, parameters, device_types, self.sums or self._piggyback, follow)
         if self.sums is not None:
-            self.sums.destination, self.sums.follow = self.passes.destination, follow
+            self.sums.destination, self.sums.follow = self.passes.backward.destination, follow
         if self._piggyback is not None:
             self._piggyback.ledger = self.passes
         self.graphs: Graphs | None = None
@@ -107,7 +107,7 @@ class Source:
 
     def forget(self) -> None:
         """Drop what was kept for a step that does not come."""
-        self.passes.forget()
+        self.passes.backward.forget()
         if self._first is not None:
             self._first.forget()
 
