@@ -1,36 +1,24 @@
-"""KFAC: the optimizer. Groups, state, intervals, the step, checkpoints."""
+"""KFAC: what a user sees of the optimizer: its arguments, and what it tells of itself."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from kfac_triton import checkpoint, config, groups, inspection, schedules, tuned
-from kfac_triton.binding import BoundOptimizer
-from kfac_triton.capture import Call
+from kfac_triton import config, groups, inspection, schedules, tuned
 from kfac_triton.distributed import Ranks
-from kfac_triton.estimator import CurvatureEstimator
-from kfac_triton.fisher.graphs import Closure
-from kfac_triton.fisher.source import Source
-from kfac_triton.late import LateRead
 from kfac_triton.likelihoods import Likelihood
 from kfac_triton.operations.custom import LayerBlock
 from kfac_triton.schedules import Schedule
+from kfac_triton.stepping import Stepping
 from kfac_triton.steps.damping import factored_damping
-from kfac_triton.steps.objective import Objective
-from kfac_triton.steps.proposal import Occasion
-from kfac_triton.steps.runner import Gradients
-
-log = logging.getLogger("kfac_triton")
 
 
-class KFAC(BoundOptimizer):
+class KFAC(Stepping):
     """Natural gradient with Kronecker-factored curvature (Martens & Grosse 2015).
 
     For every weight W (d_out, d_in[+1], the bias as last column) the Fisher of the mean nll over loss terms is held as
@@ -128,11 +116,6 @@ class KFAC(BoundOptimizer):
         NotImplementedError: its parameters are sharded.
         ValueError: an argument is out of its range; the message says which and what is allowed.
     """
-
-    _step_supports_amp_scaling = True
-    _last: dict[str, Any] | None = None
-    _forward_only = True
-    _unseen = False
 
     def __init__(
         self,
@@ -248,200 +231,6 @@ class KFAC(BoundOptimizer):
         }  # fmt: skip
         return cls(model, params, **{**constants, **options})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, after running `closure` (zero_grad, loss, backward; returns the loss) where one is given.
-
-        Adaptive modes call it again, some times in the first step and twice in every five, with `backward` doing
-        nothing unless the closure cannot do without: gradients, buffers and random streams are afterwards as the first
-        call left them.
-
-        Raises:
-            RuntimeError: there are gradients, but the model was not called; or the optimizer has no model; or
-                damping="adaptive" got no closure, or one that does not run the model again; or an adaptive mode's
-                gradients are also those of passes outside the closure.
-            TypeError: an adaptive mode got a closure that returns no loss.
-            ValueError: loss_scale is not the loss's.
-        """
-        estimator = self._attached()
-        source, runner = estimator.source, self._runner
-        self._count_skipped()
-        self._take_numbers()
-        adaptive = self._is_adaptive()
-        if closure is None and self.param_groups[0]["adaptive_damping"] and not self._all_zero(self._parameters()):
-            raise RuntimeError(
-                'damping="adaptive" asks for the loss again after the step: pass a closure, '
-                "optimizer.step(closure), that clears the gradients, computes the loss, calls backward and returns it"
-            )
-        loss, objective, graph, earlier = None, None, None, source.passes.pending()
-        if self._follow_graphs(estimator) and closure is not None and not earlier:
-            graph = source.run_closure(closure, self._next_update())
-        if closure is not None:
-            with torch.enable_grad():
-                if adaptive:
-                    objective = Objective(
-                        closure, source.module_state, self._parameters(), source.ranks, self._forward_only
-                    )
-                    loss = objective.call()
-                else:
-                    loss = closure() if graph is None else graph.loss
-        parameters = [p for p in self._parameters() if p.grad is not None]
-        if any([p.grad.is_sparse for p in parameters]):  # type: ignore[union-attr]
-            raise ValueError("KFAC takes no sparse gradients; build the embedding with sparse=False")
-        kept = source.passes.take() if graph is None else [Call(graph.inputs, {})]
-        source.ranks.note(source.passes.wrapper, source.module)
-        if objective is not None:
-            _check_passes(earlier, kept)
-        gradients = self._gathered(parameters)
-        host = not isinstance(gradients.finite, Tensor)
-        if not parameters:
-            source.forget()
-            return loss
-        if (host or adaptive) and not bool(gradients.finite):
-            self._skip(source, objective)
-            return loss
-        zero = gradients.largest == 0 if host else not kept and self._all_zero(parameters)  # a look waits for a GPU
-        if zero and not (kept and estimator.layers):
-            source.forget()
-            if not kept and not self.state:
-                checkpoint.prepare(self, estimator, parameters)
-            return loss
-        if objective is not None and not math.isfinite(objective.first):
-            self._skip(source, objective)
-            return loss
-        if not kept and not source.scripted:
-            self._check_known(estimator, adaptive)
-        if (kept or source.scripted) and not (zero or source.passes.incomplete):
-            self._update_factors(estimator, kept, parameters, gradients, graph)
-        source.forget()
-        for group in self.param_groups:
-            group["piggyback"] = source.records_passes
-        if adaptive:
-            self._adaptive_step(estimator, kept, parameters, gradients, objective)
-            return loss
-        estimator.refresh_(self.param_groups)
-        gradients = self._gathered(parameters) if runner.stale else gradients
-        scales = runner.scales(gradients, self._settings.loss_scale)
-        runner.step(scales, bf16=self._settings.precision == "bf16")
-        for group in self.param_groups:
-            group["step"] += 1
-        self._uncounted = None if host else LateRead(gradients.finite)
-        return loss
-
-    def _follow_graphs(self, estimator: CurvatureEstimator) -> bool:
-        """Looks whether passes may be graphs now; returns whether a closure may be one."""
-        source, groups = estimator.source, self.param_groups
-        if source.graphs is None or not estimator.layers:
-            return False
-        if self._is_adaptive():
-            source.graphs.refuse("lr, momentum or damping is adaptive")
-        if len({(group["step"], group["factor_interval"]) for group in groups}) > 1:
-            source.graphs.refuse("parameter groups have factor updates of their own")
-        may = source.follow_layers(estimator.layers.values(), (estimator.version, estimator.grouping))
-        return may and self._settings.compile == "step" and getattr(self, "found_inf", None) is None
-
-    def _take_numbers(self) -> None:
-        """Applies schedules, and takes in what changed in the groups."""
-        for group in self.param_groups:
-            schedules.apply(group)
-        self._watch.check(self.param_groups, self.defaults)
-        for group in self.param_groups:
-            if group["kl_annealing"]:
-                group["peak_lr"] = schedules.larger(group["peak_lr"], group["lr"])
-
-    def _gathered(self, parameters: list[nn.Parameter]) -> Gradients:
-        """The gradients, gathered, and what is known of them and of a GradScaler."""
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self._scaled = found_inf is not None
-        if found_inf is not None and scale is None and self._settings.fisher == "empirical":
-            raise RuntimeError(
-                'fisher="empirical" cannot learn the GradScaler\'s scale after scaler.unscale_(optimizer); '
-                'leave that call out, or use fisher="mc", which does not depend on it'
-            )
-        return self._runner.gradients(parameters, self.param_groups, scale, found_inf)
-
-    def _update_factors(
-        self,
-        estimator: CurvatureEstimator,
-        kept: list[Call],
-        parameters: list[nn.Parameter],
-        gradients: Gradients,
-        graph: Closure | None,
-    ) -> None:
-        """Moves the factors of the parameters whose group is due."""
-        numbers = estimator.group_numbers
-        trained = [p for p in parameters if p.requires_grad]
-        owners = [self.param_groups[i] for i in dict.fromkeys([numbers[id(p)] for p in trained])]
-        due = [group for group in owners if group["step"] % group["factor_interval"] == 0]
-        if not due:
-            return
-        if self._scaled and getattr(self, "grad_scale", None) is None:
-            estimator.source.trust_loss_scale()  # unscaled before, by a scale that is gone
-        update, terms = max(group["step"] for group in due), max(group["terms_per_example"] for group in due)
-        observed = estimator.source.observe(kept, trained, update, terms, gradients.unscale, graph)
-        if observed is None:
-            return
-        for group in due:
-            group["terms_per_example"] = observed.terms_per_example
-        estimator.update_(observed, self.param_groups)
-
-    def _adaptive_step(
-        self,
-        estimator: CurvatureEstimator,
-        kept: list[Call],
-        parameters: list[nn.Parameter],
-        gradients: Gradients,
-        objective: Objective | None,
-    ) -> None:
-        assert self._adaptive is not None
-        self._check_repeatable(kept)
-        scales = self._runner.scales(gradients, self._settings.loss_scale)
-        occasion = Occasion(parameters, [call.inputs for call in kept], scales, objective)
-        self._last = self._adaptive.step(self, self._runner, occasion)
-        self._forward_only = objective is None or objective.forward_only
-        estimator.source.passes.reset()  # compiled code cannot tell that K-FAC called the closure
-
-    def _skip(self, source: Source, objective: Objective | None) -> None:
-        """No step, since a gradient or the loss is not finite; the last step is taken back where it led there."""
-        source.forget()
-        if objective is not None and self.param_groups[0]["adaptive_damping"]:
-            assert self._adaptive is not None
-            self._adaptive.take_back(self, self._runner, objective)
-            self._forward_only = objective.forward_only
-        self._note_skipped()
-
-    @staticmethod
-    def _all_zero(parameters: list[nn.Parameter]) -> bool:
-        """Whether there are gradients and all are zero, as torch.distributed.checkpoint makes them."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        return bool(grads) and not any(bool(grad.any()) for grad in grads)
-
-    def _check_repeatable(self, kept: list[Call]) -> None:
-        for call in kept:
-            call.check_unwritten()
-            if call.ancestors:
-                raise RuntimeError(
-                    "an adaptive lr, momentum or damping needs a loss of one call, model(inputs), but parts of the "
-                    "model are called one after the other. Call them in the forward method of one module, or give lr, "
-                    "momentum and damping as numbers"
-                )
-
-    def _check_known(self, estimator: CurvatureEstimator, adaptive: bool) -> None:
-        """Raises where no call was seen and there are no factors to use instead."""
-        if adaptive or not estimator.layers:
-            raise RuntimeError(
-                f"there are gradients, but K-FAC saw no call of its model, a {type(self._module).__name__}, or of a "
-                "part of it. If another copy of the model is trained, pass that one to KFAC. If its weights are used "
-                "without calling a module, call the model, or a module that holds them. If torch.func computed the "
-                "gradients, call model(inputs) and loss.backward() instead"
-            )
-        if not self._unseen:
-            log.warning(
-                "there are gradients, but K-FAC saw no call of its model since the last step; it uses the factors it "
-                "has. Gradients from torch.func, or written into .grad, do not update the factors"
-            )
-        self._unseen = True
-
     @property
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments that belong to no parameter group."""
@@ -498,14 +287,3 @@ class KFAC(BoundOptimizer):
             name: {side: inspection.factor_diagnostics(F) for side, F in pair.items()} for name, pair in factors.items()
         }
         return numbers
-
-
-def _check_passes(earlier: list[Call], kept: list[Call]) -> None:
-    """Raises RuntimeError where gradients are also those of passes that were there before the closure ran."""
-    outside = sum(call in earlier for call in kept)
-    if outside:
-        raise RuntimeError(
-            f"{outside} of the {len(kept)} passes that made these gradients ran before the closure, whose loss is that "
-            "of the others alone. Adaptive modes need one loss and its gradient: clear the gradients in the closure, "
-            "and accumulate over micro-batches inside it, returning the sum of their losses"
-        )

@@ -30,11 +30,13 @@ LEVELS = [
     {"averages", "fisher", "steps.quadratic", "steps.objective"},
     {"fisher.source", "steps"},
     {"coverage", "updates"},
+    {"curvature"},
     {"estimator"},
     {"steps.runner", "inspection"},
     {"schema", "validation", "checkpoint", "steps.proposal"},
     {"steps.adaptive"},
     {"binding"},
+    {"stepping"},
     {"optimizer"},
     {"__init__"},
     {"tuning"},
@@ -183,7 +185,7 @@ HOOKS = (
                 isinstance(node, ast.ClassDef) and any("Optimizer" in ast.unparse(base) for base in node.bases)
                 for node in ast.walk(TREES[name])
             ),
-            {"binding", "optimizer"},
+            {"binding", "stepping", "optimizer"},
         ),
         (
             "only distributed calls torch.distributed",

@@ -17,7 +17,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from kfac_triton import ops
 from kfac_triton.capture import Inputs, ModuleState
 from kfac_triton.config import DEFAULT_KL_CLIP, Settings
 from kfac_triton.fisher.parts import Parts
+from kfac_triton.steps.directions import combined, inner_products, stacked, turn_
 from kfac_triton.steps.fixed import Scales
 from kfac_triton.steps.minimum import minimise, promised, within
 from kfac_triton.steps.motion import Motion
@@ -112,7 +112,7 @@ class Proposer:
             asked = self._precision == "bf16"
             bf16 = asked or (self._precision == "auto" and bool(first.get("bf16")))
             motion.precondition_(bf16=bf16, narrowest=0 if asked else ops.ROUNDED, chain=runner.estimator.chain)
-            _turn_(motion, [float(group["lr"]) for group in groups], longest)
+            turn_(motion, [float(group["lr"]) for group in groups], longest)
         moving = first["adaptive_momentum"] or first["momentum"] != 0
         fixed = [
             None if first["adaptive_lr"] else longest * size,
@@ -123,7 +123,7 @@ class Proposer:
         if distrust:
             F, reason = np.full_like(F, math.nan), distrust
         strength = [self._loss_scale * group["damping"] + group["weight_decay"] for group in groups]
-        D, b = _inner_products(motion, strength, fallback, now.scales)
+        D, b = inner_products(motion, strength, fallback, now.scales)
         H, b = F + D, self._loss_scale * size * b
         w = _bounded_minimum(H, b, fixed)
         if first["adaptive_lr"] and longest != 1.0:
@@ -141,7 +141,7 @@ class Proposer:
             self._report(reason)
             w = _without_model(b[0] / (self._loss_scale * size), longest * size, fixed[1] or 0.0, first["kl_clip"])
             predicted = math.nan
-        delta = _combined(motion, w) if motion is not None else []
+        delta = combined(motion, w) if motion is not None else []
         return Proposal(
             parameters, [*delta, *fallback.values()], (w[0] / size, w[1], 1.0), predicted, float(b[0] * size), decay
         )
@@ -172,7 +172,7 @@ class Proposer:
     ) -> tuple[np.ndarray, str]:
         """scale v_i^T F v_j over the directions Delta, delta_0 and `fallback`; and why that is not finite, if so."""
         seed = self._seed if now.objective is None else now.objective.opening
-        parameters, directions = _stacked(motion, fallback)
+        parameters, directions = stacked(motion, fallback)
         reason = "is not finite"
         try:
             found = self.products.stacked_gram(now.kept, parameters, directions, seed, step)
@@ -198,73 +198,6 @@ def usual_promise(before: float, predicted: float, resolution: float = 0.0) -> f
     if promise <= resolution:
         return before
     return min(max(promise, before / 2), 2 * before) if before > 0 else promise
-
-
-def _turn_(motion: Motion, lrs: Sequence[float], longest: float) -> None:
-    """V becomes Delta, the descent direction; of groups with a smaller lr as much shorter.
-
-    Not by lr itself: an adaptive alpha would undo a factor that all share.
-    """
-    if min(lrs) == longest:
-        torch._foreach_neg_(motion.memory.V.flats)
-        return
-    for own in motion.lists:
-        lr = lrs[own.group]
-        torch._foreach_mul_(own.V, -1.0 if lr == longest else -lr / longest)
-
-
-def _stacked(motion: Motion | None, fallback: Direction) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """(parameters, their directions Delta, delta_0 and, where there is one, `fallback`, stacked)."""
-    covered = [] if motion is None else motion.owners
-    both = [] if motion is None else motion.directions()
-    if not fallback:
-        return covered, both
-    longer = [torch.cat([t, torch.zeros_like(t[:1])]) for t in both]
-    alone = [torch.stack([torch.zeros_like(d), torch.zeros_like(d), d]) for d in fallback.values()]
-    return [*covered, *fallback], [*longer, *alone]
-
-
-def _inner_products(
-    motion: Motion | None, strength: Sequence[float], fallback: Direction, scales: Scales
-) -> tuple[np.ndarray, np.ndarray]:
-    """(D, b): D_ij = sum over covered parameters of strength <v_i, v_j>, b_i = <grad, v_i>; (3, 3) and (3,)."""
-    D, b = np.zeros((3, 3)), np.zeros(3)
-    if motion is not None:
-        memory = motion.memory
-        assert memory.M is not None
-        if motion.whole and min(strength) == max(strength):
-            # V times J, V and M and then M times J and M, of which mm's sums would be less exact
-            found = [torch.cat([torch.mv(rows, rows[1]), torch.mv(rows[::2], rows[2])]) for rows in memory.rows]
-            b[0], VV, VM, b[1], MM = np.sum([product.tolist() for product in found], axis=0)
-            D[:2, :2] = strength[0] * np.array([[VV, VM], [VM, MM]])
-        else:
-            b[:2] = np.sum([torch.mv(rows[1:], rows[0]).tolist() for rows in memory.rows], axis=0)
-            joints = (motion.views(memory.V), motion.views(memory.M))
-            etas = [strength[own.group] for own in motion.lists for _ in own.J]
-            for i, j in ((0, 0), (0, 1), (1, 1)):
-                D[i, j] = D[j, i] = _dot(joints[i], joints[j], etas)
-    for p, d in fallback.items():
-        assert p.grad is not None
-        b[2] += float((p.grad * (scales.unscale * scales.share)).double().flatten() @ d.double().flatten())
-    return D, b
-
-
-def _dot(left: Sequence[Tensor], right: Sequence[Tensor], weights: Sequence[float]) -> float:
-    """sum of weight <l, r>."""
-    products = torch.stack([(a * b).sum().double() for a, b in zip(left, right, strict=True)]).tolist()
-    return float(sum([weight * product for weight, product in zip(weights, products, strict=True)]))
-
-
-def _combined(motion: Motion, w: Any) -> list[Tensor]:
-    """D <- w_0 Delta + w_1 delta_0, by parameter."""
-    memory = motion.memory
-    assert memory.M is not None
-    for D, V, M in zip(memory.D.flats, memory.V.flats, memory.M.flats, strict=True):
-        torch.mul(M, float(w[1]), out=D)
-        if w[0] != 0:  # V may have overflowed
-            D.add_(V, alpha=float(w[0]))
-    motion.clear_fixed_biases_(memory.D)
-    return motion.views(memory.D)
 
 
 def _bounded_minimum(H: np.ndarray, b: np.ndarray, fixed: list[float | None]) -> np.ndarray:

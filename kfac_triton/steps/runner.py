@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.estimator import CurvatureEstimator, State
+from kfac_triton.curvature import State
+from kfac_triton.estimator import CurvatureEstimator
 from kfac_triton.joint import wide_dtype
 from kfac_triton.numbers import on_host
 from kfac_triton.steps import fixed
