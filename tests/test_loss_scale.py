@@ -4,7 +4,6 @@ step warns where the gradient at the outputs shows another one."""
 from __future__ import annotations
 
 import logging
-import math
 
 import dense
 import pytest
@@ -268,7 +267,6 @@ def test_outputs_that_are_no_tensor(caplog):
 
 def test_nothing_is_watched_after_the_first_step():
     model, optimizer = classifier()
+    assert len(model(X)._backward_hooks) == 1
     train_step(optimizer, model, X, Y)
-    hooked = model(X)
-    assert len(hooked._backward_hooks or {}) == 1  # what keeps the inputs
-    assert math.isfinite(float(hooked.detach().sum()))
+    assert not model(X)._backward_hooks
