@@ -73,7 +73,9 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._estimator = CurvatureEstimator(source, state)
         self._estimator.regroup(self.param_groups)
         device = parameters[0].device if parameters else torch.device("cpu")
-        self._runner = Runner(self._estimator, state, device, adaptive=self._is_adaptive())
+        self._runner = Runner(
+            self._estimator, state, device, adaptive=self._is_adaptive(), capped=self._settings.rule == "cap"
+        )
         self._adaptive = None
         if self._settings.likelihood is not None:
             self._adaptive = AdaptiveStep(source.module_state, self._settings, source.parts)
@@ -100,7 +102,7 @@ class BoundOptimizer(torch.optim.Optimizer):
             (name or f"parameter {i}", new.get(p, p), self.state.get(p, {}))
             for i, (p, name) in enumerate(zip(self._listed(), self._names, strict=True))
         ]
-        validation.check_entries(entries, self._settings, module)
+        validation.check_entries(entries, self._settings, module, adaptive=self._is_adaptive())
         self.close()
         checkpoint.rebind(self, new)
         self._attach(module, ranks)
@@ -254,8 +256,7 @@ class BoundOptimizer(torch.optim.Optimizer):
         self._skipped += 1
 
     def _is_adaptive(self) -> bool:
-        first = self.param_groups[0]
-        return bool(first["adaptive_lr"] or first["adaptive_momentum"] or first["adaptive_damping"])
+        return config.adapts(self.param_groups[0])
 
     def _count_skipped(self) -> None:
         """Takes back the count of a step that the device skipped, when its answer no longer has to be waited for."""

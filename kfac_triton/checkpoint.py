@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import schema
+from kfac_triton import config, schema
 from kfac_triton.config import APPROXIMATIONS
 from kfac_triton.estimator import CurvatureEstimator
 from kfac_triton.inspection import known_layers
@@ -67,7 +67,7 @@ def follow(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter])
         own = (*schema.ADAMW[:2], "A_root", "G_root")
         for name, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
-                counter = name in ("factor_updates", "spectrum_updates", "fallback_step")
+                counter = name in schema.COUNTERS
                 wanted = value.dtype if counter else p.dtype if name in own else wide_dtype(p)
                 optimizer.state[p][name] = value.to(p.device, wanted)
 
@@ -78,15 +78,17 @@ def prepare(optimizer: torch.optim.Optimizer, estimator: CurvatureEstimator, par
     torch.distributed.checkpoint loads in place, and so only what is there.
     """
     layers = known_layers(estimator, parameters)
-    moving = any(group["momentum"] != 0 or group["adaptive_damping"] for group in optimizer.param_groups)
-    bounded = moving and any(group["kl_clip"] < math.inf for group in optimizer.param_groups)
+    capped = estimator.settings.rule == "cap" and not config.adapts(optimizer.param_groups[0])
+    moving = capped or any(group["momentum"] != 0 or group["adaptive_damping"] for group in optimizer.param_groups)
+    bounded = moving and not capped and any(group["kl_clip"] < math.inf for group in optimizer.param_groups)
     _prepare_layers(optimizer, estimator, layers)
     group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     covered = {p for layer in layers for p in (layer.weight, layer.bias) if p is not None}
-    counted = {layer.weight for layer in layers}
+    weights = {layer.weight for layer in layers}
+    counted = set(weights)
     counted |= {own.bias for own in layers if own.bias is not None and group_of.get(own.bias) != group_of[own.weight]}
     for p in parameters:
-        momentum, adamw, quadratic = schema.parts_of_parameter(p)
+        momentum, adamw, quadratic, squares, moments = schema.parts_of_parameter(p)
         stored = optimizer.state[p]  # empty where nothing else is: torch.distributed.checkpoint asks for an entry
         if p not in covered:
             _fill(stored, adamw, p)
@@ -94,6 +96,10 @@ def prepare(optimizer: torch.optim.Optimizer, estimator: CurvatureEstimator, par
             _fill(stored, momentum, p)
             if bounded and p in counted:
                 _fill(stored, quadratic, p)
+            if capped:
+                _fill(stored, squares, p)
+                if p in weights:
+                    _fill(stored, moments, p)
 
 
 def _prepare_layers(optimizer: torch.optim.Optimizer, estimator: CurvatureEstimator, layers: Sequence[Layer]) -> None:

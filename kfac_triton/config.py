@@ -17,6 +17,7 @@ FISHERS = ("mc", "exact", "empirical")
 FISHER_PASSES = ("auto", "replay", "piggyback")
 APPROXIMATIONS = ("kronecker", "tridiagonal", "eigen", "inverse_free")
 WEIGHT_SHARINGS = ("expand", "reduce")
+RULES = ("kl", "cap")
 PRECISIONS = ("auto", "ieee", "bf16")
 TEMPORALS = ("independent", "chain_symmetric", "chain")
 SPATIALS = ("correlated", "uncorrelated")
@@ -35,6 +36,7 @@ class Settings:
     fisher: str
     fisher_pass: str
     approximation: str
+    rule: str
     weight_sharing: str | Mapping[str, str]
     temporal: str
     spatial: str
@@ -54,6 +56,7 @@ class Settings:
         if self.fisher == "empirical" and self.fisher_pass != "auto":
             raise ValueError(f'fisher_pass must be "auto" with fisher="empirical"; got {self.fisher_pass!r}')
         _one_of("approximation", self.approximation, APPROXIMATIONS)
+        _one_of("rule", self.rule, RULES)
         for shared in self._sharings():
             _one_of("weight_sharing", shared, WEIGHT_SHARINGS)
         _one_of("temporal", self.temporal, TEMPORALS)
@@ -171,6 +174,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 DEFAULT_KL_CLIP = 1e-3
+CAPPED_KL_CLIP = 1e-2  # of a step that a cap bounds too
 # What a group counts from the first step on: steps, loss terms of an example, the largest lr where kl_annealing is on,
 # whether statistics come from the user's own passes, what the last adaptive step promised; of the calibration of an
 # adaptive damping the fewest and most blocks that it saw, and its failures in a row.
@@ -190,6 +194,7 @@ def adaptive_groups(
     kl_clip: Any,
     likelihood: Any,
     approximation: str = "kronecker",
+    rule: str = "kl",
 ) -> dict[str, Any]:
     """The hyper-parameters that may be "adaptive": flags, and the numbers that stand beside them.
 
@@ -218,12 +223,18 @@ def adaptive_groups(
         number("initial_damping", initial_damping, above=0.0)
     if kl_clip == "default":
         kl_clip = None if group["adaptive_lr"] else DEFAULT_KL_CLIP
+        kl_clip = CAPPED_KL_CLIP if rule == "cap" and not adaptive else kl_clip
     if kl_clip is not None and group["adaptive_lr"]:
         raise ValueError(f'kl_clip must be None with lr="adaptive", which finds its own length; got {kl_clip!r}')
     group["kl_clip"] = math.inf if kl_clip is None else kl_clip
     group["rho"] = group["predicted"] = None  # of a step whose judgement is still to come
     group["calibrate_damping"] = group["adaptive_damping"] and initial_damping is None
     return group
+
+
+def adapts(group: Mapping[str, Any]) -> bool:
+    """Whether lr, momentum or damping is adaptive, by the numbers of the first group."""
+    return bool(group["adaptive_lr"] or group["adaptive_momentum"] or group["adaptive_damping"])
 
 
 def fallback_ratio(fallback_lr: float | None, lr: float | Tensor) -> float:

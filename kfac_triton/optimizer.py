@@ -65,6 +65,9 @@ class KFAC(Stepping):
             measured in the factors' eigenbases (EKFAC), damped as the factors are; dearer refreshes and steps, in
             `kfac_triton.structures.ekfac`. "inverse_free": roots of the inverses that follow the statistics by
             products alone, in bfloat16 under bfloat16 parameters, in `kfac_triton.structures.inverse_free`.
+        rule: of steps with a number for lr, momentum and damping. "kl": as above; lr is the share of V. "cap": momentum
+            enters before the inverse, and no layer moves further than lr times AdamW's step, so that lr is in AdamW's
+            unit; one more buffer for every parameter (equations: `kfac_triton.steps.capped`).
         weight_sharing: "expand": a row for every position of a shared weight. "reduce": one for every example. By
             layer: {pattern of the layers' names, as in `factors()`: one of both}, "expand" for what none fits.
         temporal: of the weights of RNN, LSTM and GRU. "independent": gradients at different times are uncorrelated.
@@ -87,9 +90,10 @@ class KFAC(Stepping):
             lr^2 sum <V, grad> / 2 <= kl_clip (Wu et al. 2017, section 3) before it enters the momentum, and a step with
             momentum to the same bound (`kfac_triton.steps.bounds`). None: no bound, for which damping must be tuned
             first, and a huge gradient makes a huge step; one with entries beyond 2^64 counts as one of that size. By
-            default 1e-3, and None with lr="adaptive", which takes no bound.
+            default 1e-3, 1e-2 with rule="cap", and None with lr="adaptive", which takes no bound.
         kl_annealing: the largest lr so far stands in the bound for lr, so that a schedule of lr shortens the steps that
             the bound holds as it does the others. Without it such a step is as long at a small lr as at a large one.
+            Always on with rule="cap".
         fallback_lr: AdamW's learning rate for parameters without a block, at this lr: it follows lr's scheduler.
             Default lr / 10, and 1e-3 with lr="adaptive".
         precision: of the products V = G_inv grad A_inv: "ieee", or "bf16", operands rounded and sums in float32, which
@@ -134,6 +138,7 @@ class KFAC(Stepping):
         fisher: str = "mc",
         fisher_pass: str = "auto",
         approximation: str = "kronecker",
+        rule: str = "kl",
         weight_sharing: str | Mapping[str, str] = "expand",
         temporal: str = "independent",
         spatial: str = "correlated",
@@ -166,6 +171,7 @@ class KFAC(Stepping):
             fisher=fisher,
             fisher_pass=fisher_pass,
             approximation=approximation,
+            rule=rule,
             weight_sharing=weight_sharing,
             temporal=temporal,
             spatial=spatial,
@@ -188,9 +194,10 @@ class KFAC(Stepping):
                 kl_clip=kl_clip,
                 likelihood=likelihood,
                 approximation=approximation,
+                rule=rule,
             ),
             "weight_decay": weight_decay,
-            "kl_annealing": kl_annealing,
+            "kl_annealing": kl_annealing or rule == "cap",
             "factor_decay": factor_decay,
             "factor_interval": factor_interval,
             "inverse_interval": inverse_interval,

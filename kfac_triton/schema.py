@@ -42,6 +42,7 @@ class Neighbour(NamedTuple):
 
 
 COUNTER = Slot((), (torch.float32,))
+COUNTERS = ("factor_updates", "spectrum_updates", "fallback_step", "moment_steps", "bounded_steps")
 ADAMW = ("exp_avg", "exp_avg_sq", "fallback_step")
 # Integers that describe a block, and the values that they may have.
 INTEGERS: Mapping[str, range] = {
@@ -74,11 +75,15 @@ def approximation_of(stored: Mapping[str, Any], usual: str) -> str:
 
 def parts_of_parameter(p: Tensor) -> Iterator[Part]:
     """What every parameter may hold: momentum, in the factors' precision (older states: in the parameter's), AdamW's
-    averages, and the quadratic form of the momentum where a trust region bounds it."""
+    averages, the quadratic form of the momentum where a trust region bounds it, and of capped steps the mean squares of
+    the gradient and, of a weight, numbers of its steps."""
     like = Slot(tuple(p.shape), (p.dtype,))
     yield Part({"momentum_buffer": Slot(like.shape, (wide_dtype(p), p.dtype))})
     yield Part({"exp_avg": like, "exp_avg_sq": like, "fallback_step": COUNTER})
     yield Part({"quadratic": Slot((), (wide_dtype(p),))})
+    yield Part({"square_buffer": Slot(like.shape, (wide_dtype(p),))})
+    counts = {"moment_steps": COUNTER, "bounded_steps": COUNTER}
+    yield Part({"gradient_norm": Slot((), (wide_dtype(p),)), **counts})
 
 
 def parts_of_block(weight: Tensor, layout: Layout, settings: Settings, after: Neighbour | None) -> Iterator[Part]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import groups, schedules, schema
+from kfac_triton import config, groups, schedules, schema
 from kfac_triton.config import COUNTERS, Settings, integer, number
 from kfac_triton.layer import described
 from kfac_triton.operations.layout import Layout
@@ -49,6 +49,7 @@ def check(
         ],
         settings,
         model,
+        adaptive=config.adapts(saved[0]),
     )
 
 
@@ -92,7 +93,7 @@ def _check_schedule(name: str, numbers: Any) -> None:
     schedules.restored(numbers)
 
 
-def check_entries(entries: Entries, settings: Settings, model: nn.Module | None) -> None:
+def check_entries(entries: Entries, settings: Settings, model: nn.Module | None, *, adaptive: bool) -> None:
     """Raises ValueError where an entry is not the state of its parameter; `model`, if known, numbers the biases."""
     layouts: dict[str, tuple[nn.Parameter, Mapping[str, Any], Layout]] = {}
     for name, p, stored in entries:
@@ -100,6 +101,8 @@ def check_entries(entries: Entries, settings: Settings, model: nn.Module | None)
             raise ValueError(f"the state of {name} is a {type(stored).__name__}, not a dictionary")
         for part in schema.parts_of_parameter(p):
             _check_part(part, stored, name, p)
+        if not adaptive:
+            _check_rule(name, stored, settings)
         if schema.describes_block(stored):
             layouts[name] = (p, stored, _checked_layout(name, p, stored, settings))
     following = _neighbours(layouts) if settings.approximation == "tridiagonal" else {}
@@ -109,6 +112,17 @@ def check_entries(entries: Entries, settings: Settings, model: nn.Module | None)
         _check_waiting(name, stored)
     if model is not None:
         _check_biases(layouts, list(model.parameters()))
+
+
+def _check_rule(name: str, stored: Mapping[str, Any], settings: Settings) -> None:
+    if _absent(stored.get("momentum_buffer", 0)):
+        return
+    written = "kl" if _absent(stored.get("square_buffer", 0)) else "cap"
+    if written != settings.rule:
+        raise ValueError(
+            f'the state of {name} holds the momentum of rule="{written}", which that of rule="{settings.rule}" is not: '
+            "build this optimizer with the same rule"
+        )
 
 
 def _checked_layout(name: str, p: nn.Parameter, stored: Mapping[str, Any], settings: Settings) -> Layout:

@@ -24,7 +24,7 @@ from kfac_triton.operations.recurrent import RecurrentUse
 from kfac_triton.operations.use import Part
 from kfac_triton.ops import OneHot
 from kfac_triton.sample import Sample
-from kfac_triton.steps.motion import Memory
+from kfac_triton.steps.memory import Memory
 from kfac_triton.structures.base import Structure
 from kfac_triton.structures.registry import structure_of
 

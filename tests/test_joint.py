@@ -13,7 +13,8 @@ from kfac_triton import KFAC, joint
 from kfac_triton.joint import Joint, stacked
 from kfac_triton.layer import Layer
 from kfac_triton.operations.layout import Layout
-from kfac_triton.steps.motion import Lists, Memory, Part
+from kfac_triton.steps.memory import Memory
+from kfac_triton.steps.motion import Lists, Part
 from kfac_triton.structures.registry import structure_of
 
 
@@ -89,7 +90,7 @@ def test_lists_have_every_element_of_a_parameter_once(form, alignment):
                 parts[p] = Part(0, member, p is layer.bias, 0, 0)
                 p.grad = dense.randn(*p.shape, seed=len(parts))
                 lists.add(memory, p, parts[p])
-    lists.add_momentum(memory.momentum(), parts)
+    lists.add_momentum(memory, parts)
     torch._foreach_copy_(lists.J, lists.grads())
     torch._foreach_copy_(lists.M, lists.grads())
     for member in (2, 0):

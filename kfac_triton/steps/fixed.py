@@ -19,7 +19,8 @@ from kfac_triton.numbers import Numbers, library, on_host, scalars, shared
 from kfac_triton.steps import fused
 from kfac_triton.steps.bounds import Shares, at_most, bounds, bounds_of_sums
 from kfac_triton.steps.hyper import Hyper
-from kfac_triton.steps.motion import Memory, Motion
+from kfac_triton.steps.memory import Memory
+from kfac_triton.steps.motion import Motion
 from kfac_triton.structures.tridiagonal import Chain
 
 

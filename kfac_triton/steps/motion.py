@@ -9,65 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.joint import Joint, space
+from kfac_triton.joint import Joint
 from kfac_triton.layer import Layer
-from kfac_triton.numbers import Numbers
+from kfac_triton.numbers import Numbers, as_tensor, library, shared
 from kfac_triton.operations.layout import Layout
 from kfac_triton.steps.hyper import Hyper
+from kfac_triton.steps.memory import Memory
 from kfac_triton.steps.products import Products
-from kfac_triton.structures.base import Structure
 from kfac_triton.structures.tridiagonal import Chain
-
-SCRATCH = 2**18  # elements of a chunk of a stack, if it holds more than one matrix
-
-
-class Memory:
-    """For the layers of `structures`: J, V and, from the first step with momentum on, M; and what a product needs.
-
-    `fuses`: kernels serve all layers. `rows`: J, V and, where it is `moving` from the start, M beside one another,
-    (2 or 3, elements), as products with several of them want them. For a step that is proposed (`proposing`) there is
-    D, too.
-
-    `quadratics` (2, layers): the quadratic form of the momentum; the second row is of biases in other groups than their
-    weights.
-    """
-
-    def __init__(self, structures: Sequence[Structure], *, moving: bool = False, proposing: bool = False) -> None:
-        self.structures = structures
-        self.stacks = [structure.stack for structure in structures]
-        self.rows = space(self.stacks, 3 if moving or proposing else 2)
-        joints = [Joint(self.stacks, flats) for flats in zip(*self.rows, strict=True)]
-        self.J, self.V, self.M = joints[0], joints[1], joints[2] if len(joints) == 3 else None
-        if proposing:
-            self.D = Joint(self.stacks)
-        self.scratch = [_scratch(structure) for structure in structures]
-        self.device = self.stacks[0].device
-        self.fuses = all([stack.fuses for stack in self.stacks])
-        count = sum(len(stack.layers) for stack in self.stacks)
-        self.quadratics = torch.zeros(2, count, dtype=self.V.flats[0].dtype, device=self.device)
-
-    def products(self) -> list[Tensor]:
-        """<V, J> and <M, J> over all layers, (2,), for each dtype of them."""
-        if len(self.rows[0]) == 3:
-            return [torch.mv(rows[1:], rows[0]) for rows in self.rows]
-        flats = zip(self.V.flats, self.momentum().flats, self.J.flats, strict=True)
-        return [torch.stack([torch.dot(V, J), torch.dot(M, J)]) for V, M, J in flats]
-
-    def momentum(self) -> Joint:
-        """M, which is zero when it is first asked for."""
-        if self.M is None:
-            self.M = Joint(self.stacks)
-        return self.M
-
-
-def _scratch(structure: Structure) -> Tensor:
-    """Room for the product of one inverse and the gradients of some layers of a stack."""
-    stack = structure.stack
-    (d_in, d_out), count = stack.dims, len(stack.layers) * stack.groups
-    rows, width = stack.memory_shape
-    together = max(1, min(count, SCRATCH // (d_in * d_out)))
-    whole = torch.zeros(together, rows, width, dtype=stack.dtype, device=stack.device)
-    return whole[:, :d_out, :d_in]
 
 
 class Part(NamedTuple):
@@ -93,6 +42,7 @@ class Lists:
         self.J: list[Tensor] = []
         self.V: list[Tensor] = []
         self.M: list[Tensor] = []
+        self.S: list[Tensor] = []
 
     def add(self, memory: Memory, p: nn.Parameter, part: Part) -> None:
         """Adds a parameter; those in pieces come last."""
@@ -105,9 +55,11 @@ class Lists:
             self._pieced.append((p, layer.layout))
         self.J[at:at], self.V[at:at] = views
 
-    def add_momentum(self, momentum: Joint, parts: Mapping[nn.Parameter, Part]) -> None:
-        """Adds the views of M."""
-        self.M = [view for p in self.owners() for view in views_of(momentum, parts[p])]
+    def add_momentum(self, memory: Memory, parts: Mapping[nn.Parameter, Part]) -> None:
+        """Adds the views of M, and of S where there is one."""
+        self.M = [view for p in self.owners() for view in views_of(memory.momentum(), parts[p])]
+        if memory.S is not None:
+            self.S = [view for p in self.owners() for view in views_of(memory.S, parts[p])]
 
     def owners(self) -> list[nn.Parameter]:
         """The parameters themselves."""
@@ -172,11 +124,11 @@ class Motion:
         return self.memory.stacks[key[0]].layers[key[1]]
 
     def with_momentum(self) -> Joint:
-        """M, with views of it in the lists."""
+        """M, with views of it, and of S, in the lists."""
         M = self.memory.momentum()
         if not self._with_momentum:
             for own in self.lists:
-                own.add_momentum(M, self.parts)
+                own.add_momentum(self.memory, self.parts)
             self._with_momentum = True
         return M
 
@@ -186,6 +138,13 @@ class Motion:
             count = len(self.layers) * (2 if self.split else 1)
             own, region = self.groups[:count], self.regions[:count]
             self._numbers = hyper.changes, (hyper.bounded_lr[own], hyper.momentum[own], region)
+        return self._numbers[1]
+
+    def by_layer(self, hyper: Hyper) -> tuple[Numbers, Numbers, Any]:
+        """(momentum, bounded_lr, region) in the order of `products`, all of the weights' groups."""
+        if self._numbers is None or self._numbers[0] != hyper.changes:
+            region = self.regions[: len(self.layers)]
+            self._numbers = hyper.changes, (hyper.momentum[region], hyper.bounded_lr[region], region)
         return self._numbers[1]
 
     @cached_property
@@ -237,9 +196,12 @@ class Motion:
             [view for own in self.lists for view in own.J], [grad for own in self.lists for grad in own.grads()]
         )
 
-    def precondition_(self, *, bf16: bool = False, narrowest: int = 0, chain: Chain | None = None) -> None:
-        """V <- F^-1 J; with `bf16` in products of that precision, for matrices that are at least `narrowest` wide."""
-        J, V = self.memory.J, self.memory.V
+    def precondition_(
+        self, source: Joint | None = None, *, bf16: bool = False, narrowest: int = 0, chain: Chain | None = None
+    ) -> None:
+        """V <- F^-1 J, or F^-1 of the `source`; with `bf16` in products of that precision, for matrices that are at
+        least `narrowest` wide."""
+        J, V = self.memory.J if source is None else source, self.memory.V
         if chain is not None:
             chain.apply_(J, V)
             return
@@ -255,6 +217,21 @@ class Motion:
     def decays(self, groups: Sequence[Mapping[str, Any]]) -> list[float]:
         """The weight decay of each of `values`."""
         return [groups[own.group]["weight_decay"] for own in self.lists for _ in own.J]
+
+    def products(self, left: Joint, right: Joint) -> Numbers:
+        """Inner products of the layers that take part, weight and bias together."""
+        return self._products.of(left, right, self.index, split=False)
+
+    def scale_(self, joint: Joint, factors: Numbers) -> None:
+        """Multiplies the matrix of every layer that takes part by its number."""
+        memory = self.memory
+        if not self.whole:
+            every = library(memory.device).ones_like(shared(memory.quadratics[0].double()))
+            every[self.index] = factors
+            factors = every
+        for stack, whole in zip(memory.stacks, joint.whole, strict=True):
+            own = as_tensor(factors[stack.numbers], stack.dtype, memory.device)
+            whole.mul_(own.view(-1, *[1] * (whole.dim() - 1)))
 
     def dots(self) -> Numbers:
         """<V, J> of every layer that takes part; where a bias is in another group than its weight, of all weights and

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from kfac_triton.curvature import State
 from kfac_triton.estimator import CurvatureEstimator
-from kfac_triton.joint import wide_dtype
+from kfac_triton.joint import Joint, wide_dtype
 from kfac_triton.numbers import on_host
-from kfac_triton.steps import fixed
+from kfac_triton.steps import capped, fixed
 from kfac_triton.steps.adamw import adamw_
 from kfac_triton.steps.bounds import size_of
 from kfac_triton.steps.fixed import Scales
 from kfac_triton.steps.hyper import Hyper
-from kfac_triton.steps.motion import Memory, Motion, Part, views_of
+from kfac_triton.steps.memory import Memory
+from kfac_triton.steps.motion import Motion, Part, views_of
 
 MOST_MOTIONS = 8  # sets of parameters with a gradient whose lists are kept, as with experts or skipped layers
 
@@ -36,6 +37,12 @@ def _largest(flat: Tensor) -> Any:
     return torch.linalg.vector_norm(flat, torch.inf)
 
 
+def _shown(memory: Memory) -> dict[str, Callable[[], Joint]]:
+    """By name, what the state of a parameter shows of the memory; the first call may make it."""
+    found: dict[str, Callable[[], Joint]] = {"momentum_buffer": memory.momentum}
+    return found if memory.S is None else {**found, "square_buffer": memory.squares}
+
+
 class Gradients(NamedTuple):
     """What is known of all gradients together: what undoes a GradScaler's scale, whether every one is finite, and their
     largest entry. Python's numbers on a CPU, 0-d tensors elsewhere."""
@@ -47,12 +54,18 @@ class Gradients(NamedTuple):
 
 class Runner:
     """Takes steps with the curvature of `estimator`; `state` gives the optimizer's. `adaptive`: the quadratic model
-    proposes them."""
+    proposes them; else they may be `capped`."""
 
     def __init__(
-        self, estimator: CurvatureEstimator, state: Callable[[], State], device: torch.device, *, adaptive: bool
+        self,
+        estimator: CurvatureEstimator,
+        state: Callable[[], State],
+        device: torch.device,
+        *,
+        adaptive: bool,
+        capped: bool,
     ) -> None:
-        self.estimator, self.adaptive = estimator, adaptive
+        self.estimator, self.adaptive, self.capped = estimator, adaptive, capped and not adaptive
         self.serve(device)
         self.memory: Memory | None = None
         self._state = state
@@ -92,7 +105,7 @@ class Runner:
         """Memory for the layers as they are now; what the state holds of momentum goes into it."""
         if version[0] != self._version[0]:
             structures, state = self.estimator.structures, self._state()
-            options = {"moving": self.hyper.moving, "proposing": self.adaptive}
+            options = {"moving": self.hyper.moving, "proposing": self.adaptive, "capped": self.capped}
             self.memory = Memory(structures, **options) if structures else None
             self._published.clear()
             self._exports = []
@@ -107,12 +120,16 @@ class Runner:
             at = memory.stacks[number].first + member
             for row, p in enumerate((layer.weight, layer.bias)):
                 held = {} if p is None else state.get(p, {})
-                if p is not None and "momentum_buffer" in held:
-                    views = views_of(memory.momentum(), Part(number, member, bool(row), 0, 0))
-                    pieces = layer.layout.pieces(held["momentum_buffer"]) if row == 0 else [held["momentum_buffer"]]
-                    torch._foreach_copy_(views, [piece.detach() for piece in pieces])
+                for name, joint in _shown(memory).items():
+                    if name in held:
+                        views = views_of(joint(), Part(number, member, bool(row), 0, 0))
+                        pieces = layer.layout.pieces(held[name]) if row == 0 else [held[name]]
+                        torch._foreach_copy_(views, [piece.detach() for piece in pieces])
                 if "quadratic" in held:
                     memory.quadratics[row, at] = held["quadratic"]
+                if "gradient_norm" in held:
+                    for name, moment in memory.moments(at).items():
+                        moment.copy_(held[name])
 
     def _made(self, parameters: Sequence[nn.Parameter]) -> tuple[Motion | None, list[nn.Parameter]]:
         with_grad = {id(p) for p in parameters}
@@ -188,8 +205,9 @@ class Runner:
         """Moves every parameter whose gradient was gathered, for the layers as they are."""
         motion, rest = self._planned
         if motion is not None:
-            fixed.move_(motion, self.hyper, scales, bf16=bf16, chain=self.estimator.chain)
-            if self.hyper.moving:
+            move_ = capped.move_ if self.capped else fixed.move_
+            move_(motion, self.hyper, scales, bf16=bf16, chain=self.estimator.chain)
+            if self.hyper.moving or self.capped:
                 self.publish(motion)
         self.fallback(rest, scales)
 
@@ -207,17 +225,20 @@ class Runner:
             held = state[p]
             for name in ("exp_avg", "exp_avg_sq", "fallback_step"):
                 held.pop(name, None)
-            views = views_of(memory.momentum(), part)
-            if len(views) == 1:
-                held["momentum_buffer"] = views[0]
-            else:  # the matrix has no view in the parameter's shape: a copy that follows
-                layout = memory.stacks[part.number].layers[part.member].layout
-                held["momentum_buffer"] = torch.empty_like(
-                    p, dtype=wide_dtype(p), memory_format=torch.contiguous_format
-                )
-                self._exports.append((layout.pieces(held["momentum_buffer"]), views))
-            if self.hyper.bounded and (not part.is_bias or part.group != part.region):
-                held["quadratic"] = memory.quadratics[int(part.is_bias), memory.stacks[part.number].first + part.member]
+            stack = memory.stacks[part.number]
+            at = stack.first + part.member
+            for name, joint in _shown(memory).items():
+                views = views_of(joint(), part)
+                if len(views) == 1:
+                    held[name] = views[0]
+                else:  # the matrix has no view in the parameter's shape: a copy that follows
+                    held[name] = torch.empty_like(p, dtype=wide_dtype(p), memory_format=torch.contiguous_format)
+                    self._exports.append((stack.layers[part.member].layout.pieces(held[name]), views))
+            if self.capped:
+                if not part.is_bias:
+                    held |= memory.moments(at)
+            elif self.hyper.bounded and (not part.is_bias or part.group != part.region):
+                held["quadratic"] = memory.quadratics[int(part.is_bias), at]
 
     def proposed(self) -> list[Tensor]:
         """D, in which proposals hold the step of the layers."""
