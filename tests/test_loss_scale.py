@@ -194,9 +194,11 @@ def test_another_scale_is_named_once(caplog, fisher):
     assert "loss_scale=1, but" in message and "Pass loss_scale=128 " in message
 
 
-def test_the_right_scale_is_silent(caplog):
-    assert not warnings(caplog, *classifier(loss_scale=128.0), lambda m: nll(m, 128.0))
-    assert not warnings(caplog, *classifier(), nll)
+@pytest.mark.parametrize("fisher_pass", ["replay", "piggyback"])
+def test_the_right_scale_is_silent(caplog, fisher_pass):
+    options = {"fisher_pass": fisher_pass}
+    assert not warnings(caplog, *classifier(loss_scale=128.0, **options), lambda m: nll(m, 128.0))
+    assert not warnings(caplog, *classifier(**options), nll)
 
 
 def test_penalties_on_parameters_do_not_count(caplog):

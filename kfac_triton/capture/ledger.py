@@ -159,7 +159,7 @@ class Ledger(Hooks):
         watched = None if self.on_outputs is None else self.on_outputs(call.inputs, returned)
         if watched is not None:
             tensor, receive = watched
-            tensor.register_hook(receive)
+            tensor.register_hook(lambda gradient: None if self.backward.paused else receive(gradient))
         tensors = [returned] if isinstance(returned, Tensor) else list(outputs_of(returned))
         for z in tensors:
             node = z.grad_fn
