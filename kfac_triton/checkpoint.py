@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton import config, schema
+from kfac_triton import schema
 from kfac_triton.config import APPROXIMATIONS
 from kfac_triton.estimator import CurvatureEstimator
 from kfac_triton.inspection import known_layers
@@ -78,7 +78,7 @@ def prepare(optimizer: torch.optim.Optimizer, estimator: CurvatureEstimator, par
     torch.distributed.checkpoint loads in place, and so only what is there.
     """
     layers = known_layers(estimator, parameters)
-    capped = estimator.settings.rule == "cap" and not config.adapts(optimizer.param_groups[0])
+    capped = estimator.settings.rule == "cap"
     moving = capped or any(group["momentum"] != 0 or group["adaptive_damping"] for group in optimizer.param_groups)
     bounded = moving and not capped and any(group["kl_clip"] < math.inf for group in optimizer.param_groups)
     _prepare_layers(optimizer, estimator, layers)

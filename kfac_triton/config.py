@@ -223,7 +223,7 @@ def adaptive_groups(
         number("initial_damping", initial_damping, above=0.0)
     if kl_clip == "default":
         kl_clip = None if group["adaptive_lr"] else DEFAULT_KL_CLIP
-        kl_clip = CAPPED_KL_CLIP if rule == "cap" and not adaptive else kl_clip
+        kl_clip = CAPPED_KL_CLIP if rule == "cap" else kl_clip
     if kl_clip is not None and group["adaptive_lr"]:
         raise ValueError(f'kl_clip must be None with lr="adaptive", which finds its own length; got {kl_clip!r}')
     group["kl_clip"] = math.inf if kl_clip is None else kl_clip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -30,6 +30,13 @@ OF_THE_OPTIMIZER = {
     *(field.name for field in fields(Settings)), "model", "initial_damping", "tuned_for", "process_group",
 }  # fmt: skip
 SIMILAR = 0.85  # difflib's ratio: "dampinng" is "damping" to 0.93, the foreign "max_momentum" is "momentum" to 0.8
+
+
+def rule_of(rule: str | None, adaptive: Sequence[str]) -> str:
+    """The rule of steps, by default "cap"; `adaptive`: the arguments that are, for which steps have another one."""
+    if rule == "cap" and adaptive:
+        raise ValueError(f'rule must be "kl" with {adaptive[0]}="adaptive", which finds its own length; got "cap"')
+    return ("kl" if adaptive else "cap") if rule is None else rule
 
 
 def check_names(group: Mapping[str, Any]) -> None:

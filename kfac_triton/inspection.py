@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_triton.config import adapts
 from kfac_triton.distributed import Ranks
 from kfac_triton.estimator import CurvatureEstimator
 from kfac_triton.fisher.expected import expected_uses
@@ -86,7 +85,7 @@ def memory_usage(estimator: CurvatureEstimator, parameters: Sequence[nn.Paramete
     if chain is not None:
         usage.update(chain.nbytes())
     covered = {p for layer in layers for p in (layer.weight, layer.bias)}
-    capped = settings.rule == "cap" and not adapts(groups[0])
+    capped = settings.rule == "cap"
     moving = any(group["momentum"] != 0 or group["adaptive_damping"] for group in groups)
     joint = Joint(stacks).nbytes if stacks else 0
     usage["momentum"] = 2 * joint if capped else joint if moving else 0

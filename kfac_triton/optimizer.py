@@ -138,7 +138,7 @@ class KFAC(Stepping):
         fisher: str = "mc",
         fisher_pass: str = "auto",
         approximation: str = "kronecker",
-        rule: str = "kl",
+        rule: str | None = None,
         weight_sharing: str | Mapping[str, str] = "expand",
         temporal: str = "independent",
         spatial: str = "correlated",
@@ -163,6 +163,7 @@ class KFAC(Stepping):
         ranks = Ranks(config.checked_model(model), process_group)
         self._needs_group = process_group is not None
         self._watch = groups.Watch()
+        adaptive = [n for n, v in (("lr", lr), ("momentum", momentum), ("damping", damping)) if isinstance(v, str)]
         self._settings = config.settings(
             likelihood,
             loss_scale=loss_scale,
@@ -171,7 +172,7 @@ class KFAC(Stepping):
             fisher=fisher,
             fisher_pass=fisher_pass,
             approximation=approximation,
-            rule=rule,
+            rule=groups.rule_of(rule, adaptive),
             weight_sharing=weight_sharing,
             temporal=temporal,
             spatial=spatial,
@@ -194,10 +195,10 @@ class KFAC(Stepping):
                 kl_clip=kl_clip,
                 likelihood=likelihood,
                 approximation=approximation,
-                rule=rule,
+                rule=self._settings.rule,
             ),
             "weight_decay": weight_decay,
-            "kl_annealing": kl_annealing or rule == "cap",
+            "kl_annealing": kl_annealing or self._settings.rule == "cap",
             "factor_decay": factor_decay,
             "factor_interval": factor_interval,
             "inverse_interval": inverse_interval,

@@ -157,6 +157,8 @@ def load_tuned(path: str | Path, model: nn.Module | None = None, *, steps: int |
         name: schedules.restored(schedules.stretched(value, ratio)) if isinstance(value, dict) else value
         for name, value in content["arguments"].items()
     }
+    if "lr" in arguments and arguments["lr"] != "adaptive":
+        arguments.setdefault("rule", "kl")  # the only one when the first such files were written
     return {**arguments, "tuned_for": {**content["model"], "device": content["device"], "file": str(path)}}
 
 

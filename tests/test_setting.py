@@ -91,9 +91,13 @@ def test_kfac_takes_every_setting_and_the_numbers_that_it_says(seed):
         assert group["adaptive_lr"] and group["adaptive_momentum"]
         assert not {"lr", "momentum", "kl_clip", "kl_annealing"} & setting.keys()
     else:
-        assert all(group[name] == setting[name] for name in ("momentum", "kl_clip", "kl_annealing"))
+        names = ("momentum", "kl_clip", *(["kl_annealing"] if setting["lr_rule"] == "fixed" else []))
+        assert all(group[name] == setting[name] for name in names)
+        assert optimizer.settings["rule"] == {"fixed": "kl", "capped": "cap"}[setting["lr_rule"]]
+        assert group["lr"] == own["lr"] or group["lr_schedule"] is not None
     assert ("damping_end" in setting) == (setting["damping_schedule"] in ("exponential", "cosine"))
-    assert group["adaptive_damping"] == (setting["damping_schedule"] == "adaptive")
+    adapts = setting["damping_schedule"] == "adaptive" and setting["lr_rule"] != "capped"
+    assert group["adaptive_damping"] == adapts
     assert group["inverse_interval"] == setting["inverse_interval"]
 
 

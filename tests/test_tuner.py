@@ -83,7 +83,7 @@ def test_the_first_trials_are_the_known_settings_and_the_seed_is_held_out(done):
     _, path = done
     found = studies(path)
     starts = [result.start for result in found["product"].results()]
-    assert starts == ["defaults", "lively", "brisk", "wide", "paper"]
+    assert starts == ["defaults", "falling", "lively", "brisk", "wide"]
     assert [result.start for result in found["product/sgd"].results()[:2]] == ["first", "second"]
     seeds = {key.split()[3] for key in found["product"].study.user_attrs if key.startswith("held-out")}
     assert seeds == {str(HELD_OUT), str(HELD_OUT + 1)}

@@ -30,15 +30,18 @@ RESOLUTION = 1000  # steps of a schedule that stand for the seconds of a trial
 # The core is searched from the first trial on. What trades the cost of a step for its quality, and what seldom matters,
 # keeps its first value for the first part of a search.
 CORE = (
-    "lr_rule", "lr", "lr_schedule", "horizon", "momentum", "damping", "damping_schedule", "damping_end", "kl_clip"
+    "lr_rule", "lr", "cap", "lr_schedule", "horizon", "momentum", "damping", "damping_schedule", "damping_end",
+    "kl_clip",
 )  # fmt: skip
-FIXED, ADAPTIVE = "fixed", "adaptive"
+FIXED, CAPPED, ADAPTIVE = "fixed", "capped", "adaptive"
+SCHEDULED = (FIXED, CAPPED)  # rules with a learning rate
 FALLING = ("exponential", "cosine")
 
 KFAC_SPACE = Space(
     {
-        "lr_rule": Choice((FIXED, ADAPTIVE)),
+        "lr_rule": Choice((FIXED, CAPPED, ADAPTIVE)),
         "lr": Range(1e-2, 1.0),
+        "cap": Range(1e-3, 0.1),
         "lr_schedule": Choice(SHAPES),
         "horizon": Choice((1.0, 0.6, 0.35)),
         "warmup": Choice((0.0, 0.05)),
@@ -59,29 +62,30 @@ KFAC_SPACE = Space(
     {},
     {
         "lr": ("lr_rule", (FIXED,)),
-        "lr_schedule": ("lr_rule", (FIXED,)),
-        "warmup": ("lr_rule", (FIXED,)),
-        "momentum": ("lr_rule", (FIXED,)),
-        "kl_clip": ("lr_rule", (FIXED,)),
+        "cap": ("lr_rule", (CAPPED,)),
+        "lr_schedule": ("lr_rule", SCHEDULED),
+        "warmup": ("lr_rule", SCHEDULED),
+        "momentum": ("lr_rule", SCHEDULED),
+        "kl_clip": ("lr_rule", SCHEDULED),
         "kl_annealing": ("lr_rule", (FIXED,)),
         "damping_end": ("damping_schedule", FALLING),
     },
 )
 
-DEFAULTS = {
-    "lr_rule": FIXED, "lr": 1e-2, "lr_schedule": "constant", "horizon": 1.0, "warmup": 0.0, "momentum": 0.9,
-    "damping": 1e-3, "damping_schedule": "constant", "kl_clip": 1e-3, "kl_annealing": False, "weight_decay": 0.0,
-    "factor_decay": 0.95, "factor_interval": 1, "inverse_interval": 10, "factor_fraction": 0.125, "fisher": "mc",
-    "approximation": "kronecker",
+_SHARED = {
+    "damping": 1e-3, "damping_schedule": "constant", "weight_decay": 0.0, "factor_decay": 0.95, "factor_interval": 1,
+    "inverse_interval": 10, "factor_fraction": 0.125, "fisher": "mc", "approximation": "kronecker", "horizon": 1.0,
 }  # fmt: skip
-LIVELY = {**DEFAULTS, "lr": 0.1, "lr_schedule": "linear", "warmup": 0.05, "damping_schedule": "exponential",
-          "damping_end": 0.3, "kl_clip": 2e-3, "inverse_interval": 20}  # fmt: skip
-_ADAPTIVE = {
-    **{name: value for name, value in DEFAULTS.items() if KFAC_SPACE.conditions.get(name, ("",))[0] != "lr_rule"},
-    "lr_rule": ADAPTIVE, "inverse_interval": 20,
+_SCHEDULED = {**_SHARED, "lr_schedule": "constant", "warmup": 0.0, "momentum": 0.9}
+DEFAULTS = {**_SCHEDULED, "lr_rule": CAPPED, "cap": 1e-2, "kl_clip": 1e-2}
+LIVELY = {
+    **_SCHEDULED, "lr_rule": FIXED, "lr": 0.1, "lr_schedule": "linear", "warmup": 0.05, "kl_clip": 2e-3,
+    "kl_annealing": False, "damping_schedule": "exponential", "damping_end": 0.3, "inverse_interval": 20,
 }  # fmt: skip
+_ADAPTIVE = {**_SHARED, "lr_rule": ADAPTIVE, "inverse_interval": 20}
 STARTS: dict[str, dict[str, Any]] = {
     "defaults": DEFAULTS,
+    "falling": {**DEFAULTS, "lr_schedule": "linear", "warmup": 0.05},
     "lively": LIVELY,
     "brisk": {**LIVELY, **BRISK, "factor_interval": 5, "inverse_interval": 10},
     "wide": {**LIVELY, **WIDE, "factor_interval": 5, "inverse_interval": 10},
@@ -91,7 +95,7 @@ STARTS: dict[str, dict[str, Any]] = {
 
 # What each parameter may ever be; a file that asks for more is refused.
 LIMITS: dict[str, tuple[str | bool, ...]] = {
-    "lr_rule": (FIXED, ADAPTIVE),
+    "lr_rule": (FIXED, CAPPED, ADAPTIVE),
     "lr_schedule": SHAPES,
     "damping_schedule": ("constant", *FALLING, ADAPTIVE),
     "kl_annealing": (True, False),
@@ -99,7 +103,8 @@ LIMITS: dict[str, tuple[str | bool, ...]] = {
     "approximation": APPROXIMATIONS,
 }
 BOUNDS: dict[str, tuple[float, float]] = {
-    "lr": (0.0, math.inf), "horizon": (0.0, 1.0), "warmup": (0.0, 0.9), "momentum": (0.0, 0.9999),
+    "lr": (0.0, math.inf), "cap": (0.0, math.inf), "horizon": (0.0, 1.0), "warmup": (0.0, 0.9),
+    "momentum": (0.0, 0.9999),
     "damping": (0.0, math.inf), "damping_end": (0.0, 1.0), "kl_clip": (0.0, math.inf),
     "weight_decay": (0.0, math.inf), "factor_decay": (0.0, 0.9999), "factor_interval": (1, limits.STEPS),
     "inverse_interval": (1, limits.STEPS), "factor_fraction": (0.0, 1.0),
@@ -117,11 +122,15 @@ def arguments(setting: Mapping[str, Any], steps: int) -> dict[str, Any]:
     if setting["lr_rule"] == ADAPTIVE:
         own |= {"lr": ADAPTIVE, "momentum": ADAPTIVE, "quadratic_fraction": 0.25}
     else:
-        lr = setting["lr"]
+        capped = setting["lr_rule"] == CAPPED
+        lr = setting["cap" if capped else "lr"]
+        own["rule"] = "cap" if capped else "kl"
         own["lr"] = _scheduled(setting["lr_schedule"], lr, LR_END * lr, over, setting.get("warmup", 0.0))
         own |= {name: setting[name] for name in ("momentum", "kl_clip", "kl_annealing") if name in setting}
     damping, shape = setting["damping"], setting["damping_schedule"]
-    if shape == ADAPTIVE:
+    if shape == ADAPTIVE and setting["lr_rule"] == CAPPED:  # which has no model to adapt to
+        own["damping"] = damping
+    elif shape == ADAPTIVE:
         own |= {"damping": ADAPTIVE, "initial_damping": damping, "quadratic_fraction": 0.25}
     else:
         own["damping"] = _scheduled(shape, damping, damping * setting.get("damping_end", 1.0), over)

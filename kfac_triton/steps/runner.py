@@ -65,7 +65,7 @@ class Runner:
         adaptive: bool,
         capped: bool,
     ) -> None:
-        self.estimator, self.adaptive, self.capped = estimator, adaptive, capped and not adaptive
+        self.estimator, self.adaptive, self.capped = estimator, adaptive, capped
         self.serve(device)
         self.memory: Memory | None = None
         self._state = state
