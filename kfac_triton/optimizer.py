@@ -198,7 +198,7 @@ class KFAC(Stepping):
                 rule=self._settings.rule,
             ),
             "weight_decay": weight_decay,
-            "kl_annealing": kl_annealing or self._settings.rule == "cap",
+            "kl_annealing": kl_annealing,
             "factor_decay": factor_decay,
             "factor_interval": factor_interval,
             "inverse_interval": inverse_interval,
@@ -206,6 +206,7 @@ class KFAC(Stepping):
         }
         schedules.take_out(defaults)
         groups.check(defaults)
+        defaults["kl_annealing"] |= self._settings.rule == "cap"
         if defaults["adaptive_damping"]:
             defaults["gamma"] = math.sqrt(defaults["damping"] + weight_decay / loss_scale)
             defaults["bf16"] = False

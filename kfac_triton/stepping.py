@@ -93,6 +93,8 @@ class Stepping(BoundOptimizer):
         runner.step(scales, bf16=self._settings.precision == "bf16")
         for group in self.param_groups:
             group["step"] += 1
+            if group["kl_annealing"]:
+                group["peak_lr"] = schedules.larger(group["peak_lr"], group["lr"])
         self._uncounted = None if host else LateRead(gradients.finite)
         return loss
 
@@ -140,9 +142,6 @@ class Stepping(BoundOptimizer):
         for group in self.param_groups:
             schedules.apply(group)
         self._watch.check(self.param_groups, self.defaults)
-        for group in self.param_groups:
-            if group["kl_annealing"]:
-                group["peak_lr"] = schedules.larger(group["peak_lr"], group["lr"])
 
     def _gathered(self, parameters: list[nn.Parameter]) -> Gradients:
         """The gradients, gathered, and what is known of them and of a GradScaler."""

@@ -566,7 +566,7 @@ def test_a_wide_side_in_blocks(limit, name):
     model, x = dense.random_model(nn.Linear(6, 4), nn.Tanh()), dense.randn(9, 6)
     full = exact_factors(model, x, likelihood="categorical")["0"]
     before = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach().clone()
-    options = {"likelihood": "categorical", "fisher": "exact", "factor_fraction": 1.0, "kl_clip": None}
+    options = {"likelihood": "categorical", "rule": "kl", "fisher": "exact", "factor_fraction": 1.0, "kl_clip": None}
     optimizer = KFAC(model, lr=1.0, momentum=0.0, damping=0.1, max_factor_dim=limit, compile=False, **options)
     assert optimizer.coverage()["0.weight"] == name
     F.cross_entropy(model(x), torch.arange(9) % 4).backward()

@@ -449,7 +449,8 @@ def test_of_sequences_512_terms_are_enough_but_8_sequences(places, examples):
 
 def test_a_checkpoint_that_has_not_counted_terms_loads():
     model, other = Counting(), Counting()
-    optimizer, loaded = kfac(model, factor_fraction=1e-3), kfac(other, factor_fraction=1e-3)
+    options = {"factor_fraction": 1e-3, "rule": "kl"}
+    optimizer, loaded = kfac(model, **options), kfac(other, **options)
     x, y = torch.randn(96, 64, 6), torch.randint(3, (96, 64))
     for _ in range(13):
         F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()

@@ -225,6 +225,7 @@ def test_a_step_of_a_grouped_convolution_preconditions_each_group():
     conv, x = conv_of(2, 4, 6, 3, groups=2), dense.randn(5, 4, 5, 5)
     model = nn.Sequential(conv, Readout())
     options = {"lr": 0.5, "momentum": 0.0, "damping": 0.1, "kl_clip": None, "likelihood": "gaussian", "fisher": "exact"}
+    options["rule"] = "kl"
     optimizer = KFAC(model, compile=False, factor_fraction=1.0, **options)
     model(x).square().mean().backward()
     weight, bias = conv.weight.detach().clone(), conv.bias.detach().clone()

@@ -22,6 +22,7 @@ def network(dtype=F64) -> nn.Module:
 def optimizer_of(model: nn.Module, **options) -> KFAC:
     given = {
         "likelihood": "categorical",
+        "rule": "kl",
         "lr": 0.1,
         "damping": 0.02,
         "compile": False,

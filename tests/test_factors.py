@@ -279,6 +279,7 @@ def path(model, x, y, steps, **options):
     """The outputs of the network after each of several steps."""
     options = {
         "lr": 0.3,
+        "rule": "kl",
         "kl_clip": None,
         "likelihood": "gaussian",
         "fisher": "exact",

@@ -140,7 +140,7 @@ def test_a_step_is_the_same_whatever_the_size_where_the_bound_holds_it():
     for scale in (1.0, 2.0**120):
         model = mlp()
         x, y = data()
-        options = {"lr": 1.0, "kl_clip": 1e-6, "damping": 1e-2, "momentum": 0.0}
+        options = {"lr": 1.0, "rule": "kl", "kl_clip": 1e-6, "damping": 1e-2, "momentum": 0.0}
         optimizer = KFAC(model, likelihood="categorical", compile=False, **options)
         train_step(optimizer, model, x, y, lambda z, y, c=scale: c * F.cross_entropy(z, y))
         ends.append(model.state_dict())
@@ -155,7 +155,7 @@ def test_without_a_bound_a_step_stays_finite(momentum):
         model = mlp()
         before = model[0].weight.detach().clone()
         x, y = data()
-        options = {"lr": 0.1, "momentum": momentum, "kl_clip": None}
+        options = {"lr": 0.1, "momentum": momentum, "rule": "kl", "kl_clip": None}
         optimizer = KFAC(model, likelihood="categorical", compile=False, **options)
         train_step(optimizer, model, x, y, lambda z, y, c=scale: c * F.cross_entropy(z, y))
         check(model, optimizer, math.inf)

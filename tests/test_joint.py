@@ -127,8 +127,8 @@ def test_a_transposed_convolution_steps_as_the_dense_solve_says(groups, momentum
     torch.manual_seed(0)
     conv = nn.ConvTranspose2d(4, 6, (2, 1), groups=groups)
     model = nn.Sequential(nn.Unflatten(1, (4, 3, 2)), conv, nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double()
-    optimizer = KFAC(model, likelihood="categorical", fisher="exact", factor_fraction=1.0, lr=0.1, kl_clip=None,
-                     momentum=momentum, damping=0.03, inverse_interval=1, compile=False)  # fmt: skip
+    optimizer = KFAC(model, likelihood="categorical", fisher="exact", factor_fraction=1.0, lr=0.1, rule="kl",
+                     kl_clip=None, momentum=momentum, damping=0.03, inverse_interval=1, compile=False)  # fmt: skip
     x, y = dense.randn(20, 24), torch.arange(20) % 3
     buffer = 0.0
     for _ in range(3):

@@ -90,7 +90,7 @@ def test_a_network_of_convolutions(launches, monkeypatch):
         {"momentum": 0.0, "kl_clip": None},
         {"fisher": "empirical"},
         {"weight_sharing": "reduce"},
-        {"precision": "bf16"},
+        {"precision": "bf16", "rule": "kl"},
         {"max_factor_dim": 20},
         {"approximation": "tridiagonal"},
         {"approximation": "eigen", "batch": 96},

@@ -60,7 +60,7 @@ def test_the_memory_of_a_task_is_what_the_table_says(row):
         optimizer.step()
     usage = optimizer.memory_usage()
     parameters = sum(p.nbytes for p in model.parameters())
-    assert parameters <= usage["momentum"] <= 1.1 * parameters and usage["fallback"] == 0
+    assert 2 * parameters <= usage["momentum"] <= 2.2 * parameters and usage["fallback"] == 0
     held = (parameters, usage["factors"], usage["inverses"], usage["rows"])
     assert [round(size / 1024) for size in held] == [int(number) for number in said]
 

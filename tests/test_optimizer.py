@@ -28,7 +28,7 @@ def data(n: int = 12, seed: int = 1, dtype: torch.dtype = torch.float64) -> tupl
 
 def kfac(model: nn.Module, **options) -> KFAC:
     defaults = {"likelihood": "categorical", "factor_fraction": 1.0, "lr": 0.05, "damping": 0.1}
-    defaults |= {"kl_clip": None, "compile": False}
+    defaults |= {"rule": "kl", "kl_clip": None, "compile": False}
     return KFAC(model, **{**defaults, **options})
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kfac_triton import KFAC
 
 # The factors of one batch for ever: an average of it alone, and inverses from the first step.
-FIXED = {"fisher": "exact", "factor_decay": 0.0, "inverse_interval": 1, **WHOLE}
+FIXED = {"rule": "kl", "fisher": "exact", "factor_decay": 0.0, "inverse_interval": 1, **WHOLE}
 
 
 def network() -> nn.Sequential:
@@ -90,7 +90,7 @@ def test_a_steady_direction_takes_bounded_steps():
     torch.manual_seed(0)
     x, y = torch.randn(256, 6), torch.zeros(256, dtype=torch.long)
     model, bound = nn.Linear(6, 3), 1e-3
-    optimizer = KFAC(model, lr=1.0, damping=1e-4, kl_clip=bound, fisher="exact", **WHOLE)
+    optimizer = KFAC(model, lr=1.0, damping=1e-4, kl_clip=bound, rule="kl", fisher="exact", **WHOLE)
     made = []
     for _ in range(30):
         before = model(x).detach().log_softmax(1)

@@ -20,7 +20,14 @@ from kfac_triton.schedules import Cosine, Exponential, Schedule, WarmUp
 
 # Layers of the model below, by the names of their parameters; widths all differ.
 LAYERS = {"0": ("0.weight", "0.bias"), "2": ("2.weight", "2.bias"), "4": ("4.weight", None)}
-OPTIONS = {"likelihood": "categorical", "fisher": "mc", "compile": False, "factor_fraction": 1.0, "kl_clip": None}
+OPTIONS = {
+    "likelihood": "categorical",
+    "fisher": "mc",
+    "compile": False,
+    "factor_fraction": 1.0,
+    "kl_clip": None,
+    "rule": "kl",
+}
 
 
 def model_and_batches():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_triton import schedules
 from kfac_triton.numbers import Numbers, numbers
 
 NAMES = ("lr", "bounded_lr", "momentum", "weight_decay", "kl_clip", "fallback_lr")
@@ -40,7 +41,7 @@ class Hyper:
         given = [
             (
                 group["lr"],
-                group["peak_lr"] if group["kl_annealing"] else group["lr"],
+                schedules.larger(group["peak_lr"], group["lr"]) if group["kl_annealing"] else group["lr"],
                 group["momentum"],
                 group["weight_decay"],
                 group["kl_clip"],
