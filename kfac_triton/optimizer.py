@@ -24,20 +24,21 @@ class KFAC(Stepping):
     For every weight W (d_out, d_in[+1], the bias as last column) the Fisher of the mean nll over loss terms is held as
     G (x) A, running averages of the second moments of the layer's output gradients and inputs, and the step is
 
-        V = (G + gamma / pi I)^-1 grad (A + pi gamma I)^-1,   gamma = sqrt(damping)
-        buf <- momentum buf + nu V,   W <- W - tau lr buf,   nu and tau at most 1, from kl_clip
+        m <- momentum m + (1 - momentum) grad,   V = (G + gamma / pi I)^-1 m (A + pi gamma I)^-1
+        W <- W - lr min(nu, |u| / |V|) V,   gamma = sqrt(damping)
 
+    where lr u is AdamW's step for the layer and nu <= 1 keeps the KL divergence of the step within kl_clip.
     The factors come from a pass of K-FAC's own inside `step()`, over a part of the inputs that the model saw since the
     last step; the loss, its graph, `.grad`, BatchNorm's statistics and the random streams are left alone.
 
     Args:
         model: the network, or what torch.compile or DistributedDataParallel made of one.
         params: parameters or groups, as for torch.optim; by default all that require grad.
-        lr: step length on V. A number or a 0-d tensor; V has the units of the parameters, so 1 is a full Newton step.
-            "adaptive": from the quadratic model with exact Fisher products (Martens & Grosse 2015, section 6.4); the
-            group's lr, 1 by default, multiplies it. A `kfac_triton.schedules.Schedule` sets the group's lr each step.
-        momentum: of the preconditioned steps; "adaptive": from the same model (section 7); beyond the paper it
-            is at most 1 in size, which batches of a few examples need.
+        lr: in AdamW's unit: no layer moves further than AdamW would at this lr. A number or a 0-d tensor; a
+            `kfac_triton.schedules.Schedule` sets it each step. "adaptive": from the quadratic model with exact Fisher
+            products (Martens & Grosse 2015, section 6.4); the group's lr, 1 by default, multiplies it.
+        momentum: of the gradient, or of the steps (see `rule`). "adaptive": from the same model (section 7); beyond the
+            paper it is at most 1 in size, which batches of a few examples need.
         damping: added to eigenvalues of the Fisher of the mean nll, so it has that scale; or a `Schedule` of it.
             "adaptive": by the ratio of actual to predicted reduction every 5 steps, and a gamma of its own for the
             factors, searched for every 20 steps (sections 6.5 and 6.6); beyond the paper, the ratio on the next batch
@@ -65,9 +66,9 @@ class KFAC(Stepping):
             measured in the factors' eigenbases (EKFAC), damped as the factors are; dearer refreshes and steps, in
             `kfac_triton.structures.ekfac`. "inverse_free": roots of the inverses that follow the statistics by
             products alone, in bfloat16 under bfloat16 parameters, in `kfac_triton.structures.inverse_free`.
-        rule: of steps with a number for lr, momentum and damping. "kl": as above; lr is the share of V. "cap": momentum
-            enters before the inverse, and no layer moves further than lr times AdamW's step, so that lr is in AdamW's
-            unit; one more buffer for every parameter (equations: `kfac_triton.steps.capped`).
+        rule: of steps whose lr, momentum and damping are numbers. "cap", the default: as above, with more on it in
+            `kfac_triton.steps.capped`. "kl": buf <- momentum buf + nu V, W <- W - tau lr buf, with V of the gradient
+            itself and nu and tau from kl_clip; lr is the share of V, 1 a full Newton step. A buffer less.
         weight_sharing: "expand": a row for every position of a shared weight. "reduce": one for every example. By
             layer: {pattern of the layers' names, as in `factors()`: one of both}, "expand" for what none fits.
         temporal: of the weights of RNN, LSTM and GRU. "independent": gradients at different times are uncorrelated.
@@ -87,13 +88,13 @@ class KFAC(Stepping):
             makes cheaper and less certain steps.
         max_factor_dim: a wider side of a weight gets up to four blocks of that width, and a wider one yet a diagonal.
         kl_clip: bound on the KL divergence (nats of the mean nll) of every step, momentum included: V is scaled down to
-            lr^2 sum <V, grad> / 2 <= kl_clip (Wu et al. 2017, section 3) before it enters the momentum, and a step with
-            momentum to the same bound (`kfac_triton.steps.bounds`). None: no bound, for which damping must be tuned
-            first, and a huge gradient makes a huge step; one with entries beyond 2^64 counts as one of that size. By
-            default 1e-3, 1e-2 with rule="cap", and None with lr="adaptive", which takes no bound.
+            sum <V, m> / 2 <= kl_clip, or with rule="kl" lr^2 sum <V, grad> / 2 before it enters the momentum (Wu et al.
+            2017, section 3), and then the step (`kfac_triton.steps.bounds`). None: no bound; without one a huge
+            gradient makes a huge step under rule="kl". By default 1e-2, 1e-3 with rule="kl", and None with
+            lr="adaptive", which takes no bound.
         kl_annealing: the largest lr so far stands in the bound for lr, so that a schedule of lr shortens the steps that
             the bound holds as it does the others. Without it such a step is as long at a small lr as at a large one.
-            Always on with rule="cap".
+            Always on with rule="cap", where lr shortens both bounds.
         fallback_lr: AdamW's learning rate for parameters without a block, at this lr: it follows lr's scheduler.
             Default lr / 10, and 1e-3 with lr="adaptive".
         precision: of the products V = G_inv grad A_inv: "ieee", or "bf16", operands rounded and sums in float32, which
