@@ -104,7 +104,7 @@ class Averages:
         norms = self._norms(parts)
         squares = norms.square()
         if any(sums):
-            squares = torch.where(torch.tensor(sums, device=norms.device), norms, squares)
+            squares = torch.where(torch.tensor(sums).to(norms.device, non_blocking=True), norms, squares)
         if on_host(self.updates.device):
             with np.errstate(over="ignore"):
                 shared(self.squares).reshape(-1)[:] = np.bincount(places, shared(squares), 2 * count)
@@ -123,7 +123,7 @@ class Averages:
             width = max(columns) + 1
             index = [place * width + column for place, column in zip(places, columns, strict=True)]
             table = squares.new_zeros(2 * len(self._layers), width)
-            self._places = places, torch.tensor(index, device=squares.device), table
+            self._places = places, torch.tensor(index).to(squares.device, non_blocking=True), table
         _, where, table = self._places
         table.view(-1).index_copy_(0, where, squares.to(table.dtype))
         torch.sum(table, 1, out=self.squares.view(-1))
@@ -218,7 +218,7 @@ class Averages:
         self, terms: list[Any], rows: list[Any], decay: list[float], missing: list[bool], *, alike: bool
     ) -> _Counts:
         device = self.updates.device
-        given = shared(~torch.tensor(missing, device=device))
+        given = shared(~torch.tensor(missing).to(device, non_blocking=True))
         L, n, decays = (numbers(values, device) for values in (terms, rows, decay))
         divisors = library(device).stack([L, n]).clip(1.0, None)
         alone = not self._ranks.active and not missing[0] and bool(alike) and terms[0] > 0 and rows[0] > 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kfac_triton.joint import Joint, space
 from kfac_triton.layer import Layer
-from kfac_triton.numbers import Numbers
+from kfac_triton.numbers import Numbers, places
 from kfac_triton.operations.layout import Layout
 from kfac_triton.steps.hyper import Hyper
 from kfac_triton.steps.products import Products
@@ -154,11 +154,13 @@ class Motion:
         self.lists = list(by_key.values())
         weights = {(part.number, part.member): part for part in parts.values() if not part.is_bias}
         biases = {(part.number, part.member): part for part in parts.values() if part.is_bias}
-        self.index = [memory.stacks[number].first + member for number, member in self.layers]
-        # by number: of every layer, then of every bias
-        self.regions = [weights[key].region for key in self.layers] * 2
-        self.groups = [weights[key].group for key in self.layers]
-        self.groups += [biases.get(key, weights[key]).group for key in self.layers]
+        device = memory.device
+        self.index = places([memory.stacks[number].first + member for number, member in self.layers], device)
+        # by number: of every layer, and where biases have groups of their own then of every bias
+        regions, own = [weights[key].region for key in self.layers], [weights[key].group for key in self.layers]
+        of_biases = [biases.get(key, weights[key]).group for key in self.layers]
+        self.regions = places(regions * 2 if self.split else regions, device)
+        self.groups = places(own + of_biases if self.split else own, device)
         # a bias without a gradient stays, and so must what would be its momentum
         self._fixed_biases = [key for key in self.layers if key not in biases and self._layer(key).bias is not None]
         self._products = Products(memory.stacks)
@@ -183,9 +185,8 @@ class Motion:
     def by_number(self, hyper: Hyper) -> tuple[Numbers, Numbers, Any]:
         """(bounded_lr, momentum, region) in the order of `dots`."""
         if self._numbers is None or self._numbers[0] != hyper.changes:
-            count = len(self.layers) * (2 if self.split else 1)
-            own, region = self.groups[:count], self.regions[:count]
-            self._numbers = hyper.changes, (hyper.bounded_lr[own], hyper.momentum[own], region)
+            own = self.groups
+            self._numbers = hyper.changes, (hyper.bounded_lr[own], hyper.momentum[own], self.regions)
         return self._numbers[1]
 
     @cached_property
