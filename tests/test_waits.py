@@ -3,8 +3,8 @@
 A wait is, inside `step()` and through torch's Python functions or its dispatcher:
 
 - a number that Python reads: item, tolist, numpy, cpu, bool, int, float, or an index of a tensor;
-- an operator whose result has a size that only its values tell, or that a library checks on the host: nonzero, equal,
-  masked_select, unique, a mask or a list as index, multinomial, factorisations that raise, eigh;
+- an operator that `kfac_triton.benchmarks.counts` takes for one: nonzero, equal, masked_select, unique, a mask as
+  index, factorisations that raise, cholesky_inverse, eigh;
 - numbers of Python's that torch.tensor or torch.as_tensor puts on a `device`, or a list as index. They are copied from
   memory that is not pinned, which waits for the device unless the copy is `non_blocking`.
 
@@ -29,15 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kfac_triton import KFAC
+from kfac_triton.benchmarks.counts import waits
 from kfac_triton.late import LateRead
 
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__"}
 MAKERS = {"tensor", "as_tensor", "asarray"}
-OPERATORS = {
-    "_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_dim", "bincount",
-    "multinomial", "linalg_cholesky", "cholesky", "linalg_inv", "_linalg_solve_ex", "_linalg_eigh", "_linalg_svd",
-    "linalg_eig", "_linalg_check_errors",
-}  # fmt: skip
 
 
 class Waits:
@@ -77,21 +73,21 @@ class Waits:
 
 
 class _Functions(TorchFunctionMode):
-    def __init__(self, waits: Waits) -> None:
+    def __init__(self, counter: Waits) -> None:
         super().__init__()
-        self._waits = waits
+        self._counter = counter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name in READS:
-            self._waits.note(name)
+            self._counter.note(name)
         elif name in MAKERS and not isinstance(args[0], Tensor) and (kwargs.get("device") is not None or _holds(args)):
-            self._waits.note(f"{name} on a device")
+            self._counter.note(f"{name} on a device")
         elif name in ("__getitem__", "__setitem__"):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any([isinstance(i, list) or (isinstance(i, Tensor) and i.dtype == torch.bool) for i in index]):
-                self._waits.note(f"{name} with a list or a mask")
-        with _not_within(self._waits, name in READS):
+                self._counter.note(f"{name} with a list or a mask")
+        with _not_within(self._counter, name in READS):
             return func(*args, **kwargs)
 
 
@@ -101,25 +97,26 @@ def _holds(args: Any) -> bool:
 
 
 class _Dispatched(TorchDispatchMode):
-    def __init__(self, waits: Waits) -> None:
+    def __init__(self, counter: Waits) -> None:
         super().__init__()
-        self._waits = waits
+        self._counter = counter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "kfac_triton":
             with torch._C.DisableTorchFunction():
                 return func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in OPERATORS:
-            self._waits.note(str(func))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if waits(func, args, kwargs or {}, result):
+            self._counter.note(str(func))
+        return result
 
 
 @contextmanager
-def _not_within(waits: Waits, counted: bool) -> Iterator[None]:
+def _not_within(counter: Waits, counted: bool) -> Iterator[None]:
     """What a counted function dispatches is no wait of its own."""
-    before, waits._reads_late = waits._reads_late, waits._reads_late or counted
+    before, counter._reads_late = counter._reads_late, counter._reads_late or counted
     yield
-    waits._reads_late = before
+    counter._reads_late = before
 
 
 PLAIN: dict[str, dict[str, Any]] = {
@@ -140,8 +137,9 @@ OTHERS: dict[str, tuple[dict[str, Any], int, int]] = {
     # of each side: whether it is finite, before a library that reads itself whether it converged; and once whether
     # there are eigenvalues to carry over
     "eigen": ({"approximation": "eigen"}, 0, 5),
-    # factors that are no dense matrices are inverted one by one: whether a side has a factorisation, and an inverse
-    "diagonals": ({"max_factor_dim": 3}, 0, 4),
+    # a pair of factors of which one is no dense matrix is inverted by itself: whether a side has a factorisation, what
+    # torch.cholesky_inverse reads, and whether the inverse is finite
+    "diagonals": ({"max_factor_dim": 3}, 0, 6),
     # of both sides of the link between two layers: whether each has a factorisation, eigenvalues, and a basis
     "tridiagonal": ({"approximation": "tridiagonal"}, 0, 3),
     # compiled code does not tell the host which taps it passed
@@ -154,7 +152,7 @@ WARM = 18  # steps, from which inverses are due at multiples of 6 only
 class Training:
     """A model and its optimizer after `WARM` steps: the next steps have inverses and factors due, nothing, factors."""
 
-    def __init__(self, make: type, waits: Waits, name: str, options: dict[str, Any]) -> None:
+    def __init__(self, make: type, counter: Waits, name: str, options: dict[str, Any]) -> None:
         torch.manual_seed(0)
         self.model: nn.Module = make()
         self.x, self.y = data()
@@ -164,7 +162,7 @@ class Training:
         ]
         options = {"likelihood": "categorical", "compile": False, **INTERVALS, "lr": 0.1, **options}
         self.optimizer = KFAC(self.model, groups if name == "groups" else None, **options)
-        self.waits, self.name = waits, name
+        self.counter, self.name = counter, name
         for _ in range(WARM):
             self.places()
 
@@ -176,36 +174,36 @@ class Training:
             self.optimizer.grad_scale, self.optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)
         if self.name == "schedule":
             self.optimizer.param_groups[0]["lr"] *= 0.99
-        with self.waits.counting():
+        with self.counter.counting():
             self.optimizer.step()
-        return self.waits.places
+        return self.counter.places
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch, as_on_a_device: None) -> Waits:
+def counter(monkeypatch: pytest.MonkeyPatch, as_on_a_device: None) -> Waits:
     return Waits(monkeypatch)
 
 
 @pytest.mark.parametrize("make", [mlp, Images])
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_plain_step_waits_for_nothing(name, make, waits):
+def test_a_plain_step_waits_for_nothing(name, make, counter):
     if name == "mask" and make is Images:
         pytest.skip("of both, the first will do")
-    run = Training(make, waits, name, PLAIN[name])
+    run = Training(make, counter, name, PLAIN[name])
     before = [p.detach().clone() for p in run.model.parameters()]
     for due in ("inverses and factors", "nothing", "factors"):
         assert run.places() == [], due
-        assert waits.late == (1 if due == "nothing" else 2), "the step before was taken; the update before was good"
+        assert counter.late == (1 if due == "nothing" else 2), "the step before was taken; the update before was good"
     assert not any(map(torch.equal, before, run.model.parameters()))
 
 
 @pytest.mark.parametrize("make", [mlp, Images])
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_waits_besides(name, make, waits):
+def test_what_waits_besides(name, make, counter):
     if name == "tridiagonal" and make is Images:
         pytest.skip("its layers are no chain")
     options, with_factors, with_inverses = OTHERS[name]
-    run = Training(make, waits, name, options)
+    run = Training(make, counter, name, options)
     layers = len(run.optimizer.factors())
     inverses, nothing, factors = (list(run.places()) for _ in range(3))
     assert nothing == []
@@ -214,15 +212,15 @@ def test_what_waits_besides(name, make, waits):
 
 
 @pytest.mark.parametrize("name", ["momentum", "no momentum", "no bound", "groups", "GradScaler"])
-def test_a_plain_step_with_kernels_waits_for_nothing(name, interpreter, monkeypatch, waits):
+def test_a_plain_step_with_kernels_waits_for_nothing(name, interpreter, monkeypatch, counter):
     monkeypatch.setenv("KFAC_TRITON_BACKEND", "triton")
     monkeypatch.setattr("kfac_triton.ops.iterates", lambda device: False)  # which a GPU does not
-    run = Training(mlp, waits, name, PLAIN[name])
+    run = Training(mlp, counter, name, PLAIN[name])
     for _ in range(3):
         assert run.places() == []
 
 
-def test_each_kind_of_wait_is_counted(waits):
+def test_each_kind_of_wait_is_counted(counter):
     """One of each, so that no step passes for want of a look."""
     t, mask = torch.arange(3.0), torch.tensor([True, False, True])
     kinds = {
@@ -234,14 +232,14 @@ def test_each_kind_of_wait_is_counted(waits):
         "in this step": lambda: LateRead(t).values(),
     }  # fmt: skip
     for kind, wait in kinds.items():
-        with waits.counting():
+        with counter.counting():
             wait()
-        assert waits.places, kind
-    with waits.counting():
+        assert counter.places, kind
+    with counter.counting():
         read = LateRead(t)
         torch.linalg.cholesky_ex(torch.eye(2))
         t[torch.tensor([0, 2])] + torch.tensor([1.0]).to(t.device, non_blocking=True)
-    assert waits.places == []
-    with waits.counting():
+    assert counter.places == []
+    with counter.counting():
         read.values()
-    assert waits.places == [] and waits.late == 1
+    assert counter.places == [] and counter.late == 1

@@ -204,7 +204,8 @@ def inverses(F: Tensor, inner: Tensor, scale: Tensor, d: Tensor) -> tuple[Tensor
     # what is not finite shows on the diagonal, row by row
     ok = (info == 0) & torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
     eye = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
-    found = torch.cholesky_inverse(torch.where(ok[..., None, None], factor, eye)).mT
+    # not torch.cholesky_inverse, which reads on the host whether it succeeded
+    found = torch.cholesky_solve(eye, torch.where(ok[..., None, None], factor, eye)).mT
     ok = ok & torch.isfinite(found.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
     return found.mul_(scale), ok
 
