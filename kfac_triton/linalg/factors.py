@@ -201,12 +201,11 @@ def inverses(F: Tensor, inner: Tensor, scale: Tensor, d: Tensor) -> tuple[Tensor
             found = torch.cholesky_inverse(factor).mT.mul_(scale)  # by rows, which the columns equal
             if math.isfinite(found.diagonal(dim1=-2, dim2=-1).sum().item()):
                 return found, None
-    # what is not finite shows on the diagonal, row by row
-    ok = (info == 0) & torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
-    eye = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
     # not torch.cholesky_inverse, which reads on the host whether it succeeded
-    found = torch.cholesky_solve(eye, torch.where(ok[..., None, None], factor, eye)).mT
-    ok = ok & torch.isfinite(found.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
+    found = torch.cholesky_solve(torch.eye(F.shape[-1], dtype=F.dtype, device=F.device), factor).mT
+    # what is not finite shows on the diagonal, row by row: not as a number, or as 0 where the factor is infinite
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    ok = (info == 0) & ((diagonal > 0) & (diagonal < math.inf)).all(dim=-1)
     return found.mul_(scale), ok
 
 

@@ -180,7 +180,7 @@ class Dense(Factor):
         `ok` (layers,): whose rows count, None for all; a row that does not count may hold anything.
         """
         if ok is not None:
-            rows.copy_(torch.where(ok[:, None, None], rows, 0.0))
+            rows.masked_fill_(~ok[:, None, None], 0.0)
             self._written_over = True
         if rows is not self._rows:
             assert self.buffer is not None
