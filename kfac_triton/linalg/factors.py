@@ -86,6 +86,13 @@ class Pair(NamedTuple):
     whole: bool = False
 
 
+def _damped(F: Tensor, inner: Tensor, d: Tensor) -> Tensor:
+    """inner F + d I; a caller that keeps no name for it frees it early."""
+    damped = F * inner
+    damped.diagonal(dim1=-2, dim2=-1).add_(d)
+    return damped
+
+
 class _Side(NamedTuple):
     """inner F + d I, to be inverted, and then multiplied by scale."""
 
@@ -193,9 +200,7 @@ def inverses(F: Tensor, inner: Tensor, scale: Tensor, d: Tensor) -> tuple[Tensor
         inner, scale: (..., 1, 1).
         d: (..., 1).
     """
-    damped = F * inner
-    damped.diagonal(dim1=-2, dim2=-1).add_(d)
-    factor, info = torch.linalg.cholesky_ex(damped)
+    factor, info = torch.linalg.cholesky_ex(_damped(F, inner, d))
     if on_host(F.device) and not bool(info.any()):
         with suppress(RuntimeError):  # of a zero on the diagonal
             found = torch.cholesky_inverse(factor).mT.mul_(scale)  # by rows, which the columns equal
