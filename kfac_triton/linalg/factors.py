@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -84,13 +83,6 @@ class Pair(NamedTuple):
     shape_G: Shape
     last: tuple[Tensor, Tensor] | None = None
     whole: bool = False
-
-
-def _damped(F: Tensor, inner: Tensor, d: Tensor) -> Tensor:
-    """inner F + d I; a caller that keeps no name for it frees it early."""
-    damped = F * inner
-    damped.diagonal(dim1=-2, dim2=-1).add_(d)
-    return damped
 
 
 class _Side(NamedTuple):
@@ -200,12 +192,18 @@ def inverses(F: Tensor, inner: Tensor, scale: Tensor, d: Tensor) -> tuple[Tensor
         inner, scale: (..., 1, 1).
         d: (..., 1).
     """
-    factor, info = torch.linalg.cholesky_ex(_damped(F, inner, d))
+    factor = F * inner
+    factor.diagonal(dim1=-2, dim2=-1).add_(d)
+    factor = factor.mT  # which it equals, by columns: so it is written over, and nothing else is as large
+    info = torch.empty(F.shape[:-2], dtype=torch.int32, device=F.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     if on_host(F.device) and not bool(info.any()):
-        with suppress(RuntimeError):  # of a zero on the diagonal
-            found = torch.cholesky_inverse(factor).mT.mul_(scale)  # by rows, which the columns equal
-            if math.isfinite(found.diagonal(dim1=-2, dim2=-1).sum().item()):
-                return found, None
+        try:
+            found = torch.cholesky_inverse(factor, out=factor).mT.mul_(scale)  # by rows, which the columns equal
+        except RuntimeError:  # a zero on the diagonal of one of them
+            return factor, torch.zeros_like(info, dtype=torch.bool)
+        diagonal = found.diagonal(dim1=-2, dim2=-1)
+        return found, None if math.isfinite(diagonal.sum().item()) else torch.isfinite(diagonal).all(dim=-1)
     # not torch.cholesky_inverse, which reads on the host whether it succeeded
     found = torch.cholesky_solve(torch.eye(F.shape[-1], dtype=F.dtype, device=F.device), factor).mT
     # what is not finite shows on the diagonal, row by row: not as a number, or as 0 where the factor is infinite
