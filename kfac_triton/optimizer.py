@@ -267,8 +267,8 @@ class KFAC(Stepping):
         for a product. With fisher="empirical" also "sums", what the taps collect between two steps.
 
         "pass" is not in the total: rows and activations of the part of the batch that K-FAC's last pass took, and room
-        for a copy of the rows; 0 before the first pass. The peak of training is that of SGD with momentum and, within 10 %,
-        factors, inverses, rows, gradients and pass; renewing inverses holds one more copy of the widest factor.
+        for a copy of the rows; 0 before the first pass. The peak of training is that of SGD with momentum and, within
+        10 %, factors, inverses, rows, gradients and pass; renewing inverses holds one more copy of the widest factor.
         """
         return inspection.memory_usage(self._attached(), self._parameters(), self.param_groups)
 

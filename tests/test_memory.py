@@ -134,6 +134,13 @@ def test_the_pass_is_measured_by_its_rows():
     assert sizes == [4 * n * (6 + 3 + 7 + 3) for n in (BATCH, BATCH, BATCH // 2)]
 
 
+def test_room_for_a_copy_of_rows_goes_where_they_come_to_wait():
+    """The first passes take the whole batch, later ones 64 examples, whose rows wait in sides of 128 and more."""
+    _, optimizer = memory(mlp, lambda model: kfac(model, 0.125), WARM)
+    seen, copied = (256 + 192 + 160) + (192 + 160 + 10), 10
+    assert optimizer.memory_usage()["pass"] == 4 * 64 * (seen + copied)
+
+
 def test_an_adaptive_step_says_what_it_holds_besides():
     """The proposal D of the step is a third joint matrix of each layer."""
     model = mlp()
