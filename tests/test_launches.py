@@ -52,7 +52,7 @@ def counts(of_kernels: Callable[[], int] = lambda: 0) -> dict[str, int]:
 
 
 def test_launches_where_the_host_holds_the_numbers():
-    """At most 150 with factors due, 48 of them of K-FAC's own pass: as many as the user's passes have."""
+    """At most 150 with factors due, 48 of them of K-FAC's own pass."""
     found = counts()
     assert found["factors"] <= 150
     assert found["neither"] <= 32
