@@ -10,6 +10,7 @@ let in after some updates, since what is usual moves towards it with each of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,11 +36,12 @@ NAMES = ("factor_updates", "A_size", "G_size")
 
 
 class _Counts(NamedTuple):
-    """Numbers (layers,) of the samples of one update: whether there is one, its loss terms, its rows, and the largest
-    beta; `divisors` (2, layers): terms and rows, at least 1. `alike`: every layer has one, alone among ranks, and all
-    numbers are the same."""
+    """Numbers (layers,) of the samples of one update: whether there is one, whether it has terms and rows, how many of
+    each, and the largest beta; `divisors` (2, layers): terms and rows, at least 1. `alike`: every layer has one, alone
+    among ranks, and all numbers are the same."""
 
     given: Numbers
+    present: Numbers
     terms: Numbers
     rows: Numbers
     decays: Numbers
@@ -104,7 +106,7 @@ class Averages:
         norms = self._norms(parts)
         squares = norms.square()
         if any(sums):
-            squares = torch.where(torch.tensor(sums, device=norms.device), norms, squares)
+            squares = torch.where(torch.tensor(sums).to(norms.device, non_blocking=True), norms, squares)
         if on_host(self.updates.device):
             with np.errstate(over="ignore"):
                 shared(self.squares).reshape(-1)[:] = np.bincount(places, shared(squares), 2 * count)
@@ -123,7 +125,7 @@ class Averages:
             width = max(columns) + 1
             index = [place * width + column for place, column in zip(places, columns, strict=True)]
             table = squares.new_zeros(2 * len(self._layers), width)
-            self._places = places, torch.tensor(index, device=squares.device), table
+            self._places = places, torch.tensor(index).to(squares.device, non_blocking=True), table
         _, where, table = self._places
         table.view(-1).index_copy_(0, where, squares.to(table.dtype))
         torch.sum(table, 1, out=self.squares.view(-1))
@@ -185,23 +187,24 @@ class Averages:
 
     def _checked_moves(self, xp: Any, counts: _Counts) -> tuple[Numbers, ...]:
         """(beta, share, alpha_A, alpha_G, ok) by layer."""
-        given, terms, rows, decays = counts.given, counts.terms, counts.rows, counts.decays
+        given, decays = counts.given, counts.decays
         updates, sizes, squares = shared(self.updates), shared(self.sizes), shared(self.squares)
         new = squares / counts.divisors
-        finite = xp.isfinite(new)
+        finite = new < math.inf  # no square is negative, and no comparison with NaN is true
         known = sizes * 1.0
         outlier = (known > 0) & (new > self._limits * known)
         beta = xp.minimum(1 - 1 / (updates + self._one), decays)
         counted = xp.where(outlier, LASTING * known, new)
         usual = xp.where(known > 0, beta * known + (1 - beta) * counted, counted)
         sizes[...] = xp.where(finite & given, usual, known)
-        ok = given & finite.all(0) & ~outlier.any(0) & (terms > 0) & (rows > 0)
-        ok = self._agreed(ok)
-        self._refused = self._note(given & ~(finite & ~outlier).all(0), finite.all(0))
+        good = (finite & ~outlier).all(0)
+        ok = self._agreed(counts.present & good)
+        self._refused = self._note(given & ~good, finite.all(0))
         updates += ok
         beta = xp.where(ok, xp.minimum(1 - self._one / updates.clip(1.0, None), decays), 1.0)
         share = 1 - beta
-        return beta, share, share / terms.clip(1.0, None), share / rows.clip(1.0, None), ok
+        alphas = share / counts.divisors
+        return beta, share, alphas[0], alphas[1], ok
 
     def _counted(self, samples: Sequence[Sample | None], decay: Sequence[float]) -> _Counts:
         """The counts of samples, kept while they are the same numbers."""
@@ -218,11 +221,11 @@ class Averages:
         self, terms: list[Any], rows: list[Any], decay: list[float], missing: list[bool], *, alike: bool
     ) -> _Counts:
         device = self.updates.device
-        given = shared(~torch.tensor(missing, device=device))
+        given = shared(~torch.tensor(missing).to(device, non_blocking=True))
         L, n, decays = (numbers(values, device) for values in (terms, rows, decay))
         divisors = library(device).stack([L, n]).clip(1.0, None)
         alone = not self._ranks.active and not missing[0] and bool(alike) and terms[0] > 0 and rows[0] > 0
-        return _Counts(given, L, n, decays, divisors, alike and alone)
+        return _Counts(given, given & (L > 0) & (n > 0), L, n, decays, divisors, alike and alone)
 
     def _agreed(self, ok: Numbers) -> Numbers:
         """Which samples are good on all ranks."""

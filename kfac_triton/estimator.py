@@ -14,7 +14,7 @@ from kfac_triton.curvature import Curvature, State
 from kfac_triton.fisher.source import Observed, Source
 from kfac_triton.layer import Layer, described
 from kfac_triton.numbers import on_host
-from kfac_triton.sample import Sample
+from kfac_triton.sample import Sample, pass_nbytes
 from kfac_triton.steps.damping import factored_damping
 from kfac_triton.structures import inversion
 from kfac_triton.structures.base import Structure
@@ -33,6 +33,8 @@ class CurvatureEstimator(Curvature):
         self._order: list[tuple[int, int]] = []
         self._chained: list[int] = []
         self._said: set[str] = set()
+        self._size: Any = None
+        self.pass_nbytes = 0  # of the last pass that was of another size than the one before
         check_sharing(self.settings.weight_sharing, source.names.values())
 
     def adopt(self, layers: Iterable[Layer]) -> None:
@@ -92,6 +94,7 @@ class CurvatureEstimator(Curvature):
     def update_(self, observed: Observed, groups: Sequence[Mapping[str, Any]]) -> None:
         """Moves the averages of layers towards what was observed of them, of those whose group is due."""
         self._averages.report(self._warn_of_sample)
+        self._note_size(observed)
         if self._update_as_before(observed, groups):
             return
         samples = self._common(list(observed.samples))
@@ -109,6 +112,12 @@ class CurvatureEstimator(Curvature):
             if on_host(self._averages.updates.device):
                 self._averages.report(self._warn_of_sample)
             self.write_state()
+
+    def _note_size(self, observed: Observed) -> None:
+        """Counts what the pass held, where it is not the last one again."""
+        size = observed.found, [len(g) for own in observed.samples[:1] for g in own.g]
+        if size != self._size:
+            self._size, self.pass_nbytes = size, pass_nbytes(observed.samples)
 
     def _update_as_before(self, observed: Observed, groups: Sequence[Mapping[str, Any]]) -> bool:
         """The same where nothing but the numbers in the samples is new; else nothing, and false."""

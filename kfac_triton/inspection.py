@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_triton.config import adapts
 from kfac_triton.distributed import Ranks
 from kfac_triton.estimator import CurvatureEstimator
 from kfac_triton.fisher.expected import expected_uses
@@ -17,6 +18,7 @@ from kfac_triton.fisher.resolution import UNCHAINED, layout_of
 from kfac_triton.joint import Joint, stacked
 from kfac_triton.layer import Layer
 from kfac_triton.steps.damping import factored_damping
+from kfac_triton.steps.memory import scratch_nbytes
 from kfac_triton.structures.kronecker import Kronecker
 from kfac_triton.structures.registry import structure_of
 from kfac_triton.structures.tridiagonal import Chain, Place
@@ -91,9 +93,12 @@ def memory_usage(estimator: CurvatureEstimator, parameters: Sequence[nn.Paramete
     usage["momentum"] = 2 * joint if capped else joint if moving else 0
     usage["fallback"] = sum(2 * p.nbytes for p in parameters if p not in covered)
     usage["gradients"] = 2 * joint
+    usage["proposal"] = joint if adapts(groups[0]) else 0
+    usage["scratch"] = scratch_nbytes(stacks)
     if estimator.source.sums is not None:
         usage["sums"] = estimator.source.sums.memory()
-    return {**usage, "total": sum(usage.values())}
+    of_pass = estimator.pass_nbytes + sum(structure.room_nbytes() for structure in structures)
+    return {**usage, "total": sum(usage.values()), "pass": of_pass}
 
 
 def _expected_chain(layers: Sequence[Layer], structures: Sequence[Any], ranks: Ranks) -> Chain | None:

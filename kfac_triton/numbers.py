@@ -58,6 +58,11 @@ def numbers(values: Sequence[Any], device: torch.device) -> Numbers:
     return torch.tensor([float(v) for v in values], dtype=torch.float64).to(device, non_blocking=True)
 
 
+def places(index: Sequence[int], device: torch.device) -> Any:
+    """An index of vectors of numbers; on a device a tensor, since a list is copied there, and waited for, each time."""
+    return list(index) if on_host(device) else torch.tensor(index).to(device, non_blocking=True)
+
+
 def as_tensor(values: Numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a tensor."""
     if isinstance(values, np.ndarray) and dtype in NUMPY and device.type == "cpu":

@@ -93,8 +93,7 @@ class KFAC(Stepping):
             gradient makes a huge step under rule="kl". By default 1e-2, 1e-3 with rule="kl", and None with
             lr="adaptive", which takes no bound.
         kl_annealing: the largest lr so far stands in the bound for lr, so that a schedule of lr shortens the steps that
-            the bound holds as it does the others. Without it such a step is as long at a small lr as at a large one.
-            Always on with rule="cap", where lr shortens both bounds.
+            the bound holds too. Without it such a step is as long at a small lr. Always on with rule="cap".
         fallback_lr: AdamW's learning rate for parameters without a block, at this lr: it follows lr's scheduler.
             Default lr / 10, and 1e-3 with lr="adaptive".
         precision: of the products V = G_inv grad A_inv: "ieee", or "bf16", operands rounded and sums in float32, which
@@ -207,7 +206,7 @@ class KFAC(Stepping):
         }
         schedules.take_out(defaults)
         groups.check(defaults)
-        defaults["kl_annealing"] |= self._settings.rule == "cap"
+        defaults["kl_annealing"] = kl_annealing or self._settings.rule == "cap"
         if defaults["adaptive_damping"]:
             defaults["gamma"] = math.sqrt(defaults["damping"] + weight_decay / loss_scale)
             defaults["bf16"] = False
@@ -269,10 +268,12 @@ class KFAC(Stepping):
         return inspection.coverage(self._attached(), self._parameters())
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes of the state: factors, inverses, momentum, fallback, rows, total. An estimate before the first step.
+        """Bytes by purpose, and in "total" what stays from step to step. Before the first step, an estimate.
 
-        "rows" wait for the next product that updates a factor, where a pass brings few; the estimate is their most.
-        With fisher="empirical" also "sums", what the taps collect between two steps.
+        "momentum": with rule="cap" the mean squares too. "fallback": AdamW's averages. "rows" wait for the next product
+        that updates a factor. "gradients": two joint gradients; "proposal": a third, of adaptive modes. "scratch": room
+        for a product. "sums": what taps collect for fisher="empirical". "pass", not in the total: rows and activations
+        of K-FAC's last pass. The peak of training is that of SGD with momentum and, within 10 %, all of these.
         """
         return inspection.memory_usage(self._attached(), self._parameters(), self.param_groups)
 

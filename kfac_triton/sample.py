@@ -55,6 +55,22 @@ class Sample:
         return [rows for rows in written if isinstance(rows, Tensor)]
 
 
+def pass_nbytes(samples: Sequence[Sample]) -> int:
+    """Bytes of what the pass of these samples held: what weights received, the gradients that came back, and the rows
+    of both; of patches that are not written, the rows of one layer at a time."""
+    held: dict[int, int] = {}
+    written = 0
+    for own in samples:
+        images = [rows.image for rows in own.a if isinstance(rows, Patches)]
+        seen = [t for use in own.uses for t in (use.recorded.use.x, *use.dys)]
+        for t in (*images, *own.written()[0], *own.g, *seen):
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        d_in = own.layer.layout.dims(own.layer.weight.shape)[0]
+        of_layer = [rows.count() * rows.groups * d_in for rows in own.a if isinstance(rows, Patches)]
+        written = max(written, sum(of_layer) * own.layer.weight.itemsize)
+    return sum(held.values()) + written
+
+
 def tensor_of(count: float | Tensor, like: Tensor) -> Tensor:
     """A count as a 0-d tensor of the wide dtype on the device of `like`."""
     if isinstance(count, Tensor):

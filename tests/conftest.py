@@ -182,8 +182,22 @@ def matrix_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU is served as a GPU is: nothing is read on the host, and the numbers of a step are tensors."""
     from kfac_triton import averages, estimator, numbers, updates
-    from kfac_triton.steps import capped, fixed, runner
+    from kfac_triton.linalg import factors
+    from kfac_triton.steps import capped, fixed, hyper, runner
     from kfac_triton.structures import inverse_free, inversion, kronecker
 
-    for module in (averages, capped, estimator, fixed, inverse_free, inversion, kronecker, numbers, runner, updates):
+    for module in (
+        averages,
+        capped,
+        estimator,
+        factors,
+        fixed,
+        hyper,
+        inverse_free,
+        inversion,
+        kronecker,
+        numbers,
+        runner,
+        updates,
+    ):
         monkeypatch.setattr(module, "on_host", lambda device: False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from kfac_triton import ops
 from kfac_triton.linalg import uncorrelated
-from kfac_triton.numbers import Numbers
+from kfac_triton.numbers import Numbers, on_host
 
 _ESCALATIONS = 6
 # The widest sides that are factorised together, which copies all of them: the inverses of six pairs took 0.42 of the
@@ -62,7 +61,7 @@ def pi_of(a: Tensor, g: Tensor) -> Tensor:
 def damped_factors(A: Tensor, G: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     """A + pi gamma I and G + gamma / pi I of dense factors, as `damped_inverses` inverts them."""
     a, g = mean_diagonal(A, shape_of(A)), mean_diagonal(G, shape_of(G))
-    gamma = torch.as_tensor(damping, dtype=A.dtype, device=A.device).sqrt()
+    gamma = _scalar(damping, A).sqrt()
     present = (a > torch.finfo(A.dtype).tiny) & (g > torch.finfo(A.dtype).tiny)
     pi = pi_of(a, g)
     A, G = torch.where(present, A, 0.0), torch.where(present, G, 0.0)
@@ -193,27 +192,32 @@ def inverses(F: Tensor, inner: Tensor, scale: Tensor, d: Tensor) -> tuple[Tensor
         inner, scale: (..., 1, 1).
         d: (..., 1).
     """
-    damped = F * inner
-    damped.diagonal(dim1=-2, dim2=-1).add_(d)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if F.device.type == "cpu" and not bool(info.any()):
-        with suppress(RuntimeError):  # of a zero on the diagonal
-            found = torch.cholesky_inverse(factor).mT.mul_(scale)  # by rows, which the columns equal
-            if math.isfinite(found.diagonal(dim1=-2, dim2=-1).sum().item()):
-                return found, None
-    # what is not finite shows on the diagonal, row by row
-    ok = (info == 0) & torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
-    eye = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
-    found = torch.cholesky_inverse(torch.where(ok[..., None, None], factor, eye)).mT
-    ok = ok & torch.isfinite(found.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
+    factor = F * inner
+    factor.diagonal(dim1=-2, dim2=-1).add_(d)
+    factor = factor.mT  # which it equals, by columns: so it is written over, and nothing else is as large
+    info = torch.empty(F.shape[:-2], dtype=torch.int32, device=F.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    if on_host(F.device) and not bool(info.any()):
+        try:
+            found = torch.cholesky_inverse(factor, out=factor).mT.mul_(scale)  # by rows, which the columns equal
+        except RuntimeError:  # a zero on the diagonal of one of them
+            return factor, torch.zeros_like(info, dtype=torch.bool)
+        diagonal = found.diagonal(dim1=-2, dim2=-1)
+        return found, None if math.isfinite(diagonal.sum().item()) else torch.isfinite(diagonal).all(dim=-1)
+    # not torch.cholesky_inverse, which reads on the host whether it succeeded
+    found = torch.cholesky_solve(torch.eye(F.shape[-1], dtype=F.dtype, device=F.device), factor).mT
+    # what is not finite shows on the diagonal, row by row: not as a number, or as 0 where the factor is infinite
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    ok = (info == 0) & ((diagonal > 0) & (diagonal < math.inf)).all(dim=-1)
     return found.mul_(scale), ok
 
 
 def _sides(pair: Pair) -> tuple[_Side, _Side]:
     A, G, damping, shape_A, shape_G, last, whole = pair
     a, g = mean_diagonal(A, shape_A), mean_diagonal(G, shape_G)
-    number = torch.as_tensor(damping, dtype=A.dtype, device=A.device)
-    of_A, of_G = strengths(torch, a, g, number, shape_A, shape_G, torch.finfo(A.dtype).tiny, undivided=whole)
+    of_A, of_G = strengths(
+        torch, a, g, _scalar(damping, A), shape_A, shape_G, torch.finfo(A.dtype).tiny, undivided=whole
+    )
     A_inv, G_inv = (None, None) if last is None else last
     return _Side(A, *of_A, shape_A, A_inv), _Side(G, *of_G, shape_G, G_inv)
 
@@ -237,6 +241,13 @@ def _iterated(sides: Sequence[_Side]) -> dict[int, Tensor]:
     ops.newton_schulz_(X, M, residual)
     left = residual.tolist()
     return {i: x for (i, _, _), x, error in zip(warm, X, left, strict=True) if error <= CONVERGED}
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """0-d; a number is written on the device, not copied to it, which would wait."""
+    if isinstance(value, Tensor):
+        return value.to(like)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _expand(scale: Tensor, F: Tensor, diagonal: bool) -> Tensor:

@@ -79,7 +79,7 @@ def bounds_of_sums(
 ) -> tuple[Any, Any, Any]:
     """(nu times size, tau, q after this step) where all parameters have the same lr, momentum and bound: from the sums
     of <V, grad>, <buf, grad> and q over them; without momentum the last two are None."""
-    lr = xp.clip(lr, LEAST_LR, None)
+    lr = max(lr, LEAST_LR) if isinstance(lr, float) else xp.clip(lr, LEAST_LR, None)
     nu = _nu(xp, lr * lr * dots, kl_clip, size)
     if overlaps is None:
         return nu, 1.0, None

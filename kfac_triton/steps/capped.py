@@ -54,9 +54,9 @@ def move_(motion: Motion, hyper: Hyper, scales: Scales, *, bf16: bool, chain: Ch
     _updates_of_adam_(motion)
     xp = library(memory.device)
     unbiased = 1 / (1 - beta**steps)
-    u = unbiased * xp.sqrt((1 - BETA2**steps) * motion.products(memory.J, memory.J))
-    V = unbiased * xp.sqrt(motion.products(memory.V, memory.V))
-    divergence = (unbiased * unbiased * motion.products(memory.V, memory.momentum())).sum()
+    u = unbiased * xp.sqrt(1 - BETA2**steps) * motion.norms(memory.J)
+    V = unbiased * motion.norms(memory.V)
+    divergence = _divergence(motion, unbiased)
     nu = xp.minimum(xp.sqrt(2 * hyper.kl_clip / xp.clip(divergence, TINY, None)), xp.ones_like(hyper.kl_clip))
     share = xp.minimum(nu[region] / peak.clip(LEAST_LR, None), u / V.clip(TINY, None))
     motion.scale_(memory.V, unbiased * share)
@@ -73,7 +73,7 @@ def _limited(motion: Motion, scales: Scales) -> Numbers:
     """Bounds the gradient of every layer; returns how many steps each has taken, this one included."""
     memory = motion.memory
     xp, index = library(memory.device), slice(None) if motion.whole else motion.index
-    norm = scales.size * xp.sqrt(motion.products(memory.J, memory.J))
+    norm = scales.size * motion.norms(memory.J)
     held = [shared(t) for t in (memory.usual, memory.steps, memory.bounded)]
     one = xp.ones_like(norm)
     before, steps, bounded = (one * numbers[index] for numbers in held)
@@ -93,6 +93,14 @@ def _limited(motion: Motion, scales: Scales) -> Numbers:
         else:
             numbers[index] = new
     return taken
+
+
+def _divergence(motion: Motion, unbiased: Numbers) -> Any:
+    """<V, m'> over all layers that take part, from V and m as they are."""
+    V, m = motion.memory.V, motion.memory.momentum()
+    if motion.whole and on_host(motion.memory.device) and unbiased.min() == unbiased.max():
+        return float(unbiased[0]) ** 2 * sum([float(torch.dot(*flats)) for flats in zip(V.flats, m.flats, strict=True)])
+    return (unbiased * unbiased * motion.products(V, m)).sum()
 
 
 def _follow_(motion: Motion, hyper: Hyper, scales: Scales) -> None:

@@ -37,7 +37,7 @@ class Scales(NamedTuple):
 def joint_gradients_(motion: Motion, hyper: Hyper, scales: Scales) -> None:
     """J, which holds the gradients, becomes those of the objective, in units of loss_scale and size."""
     flats = motion.memory.J.flats
-    if scales.finite is not None or scales.unscale != 1.0:
+    if isinstance(scales.unscale, Tensor) or scales.unscale != 1.0:
         torch._foreach_mul_(flats, scales.unscale)
     if hyper.decaying:
         for own in motion.lists:
@@ -47,8 +47,9 @@ def joint_gradients_(motion: Motion, hyper: Hyper, scales: Scales) -> None:
     if scales.finite is not None or scales.share != 1.0:
         torch._foreach_mul_(flats, scales.share)
     if scales.finite is not None:
+        skipped = ~scales.finite
         for flat in flats:
-            flat.copy_(torch.where(scales.finite, flat, 0.0))
+            flat.masked_fill_(skipped, 0.0)
 
 
 def move_(motion: Motion, hyper: Hyper, scales: Scales, *, bf16: bool, chain: Chain | None) -> None:
@@ -60,7 +61,7 @@ def move_(motion: Motion, hyper: Hyper, scales: Scales, *, bf16: bool, chain: Ch
     nu, tau = _bounds(motion, hyper, scales)
     lr, momentum = hyper.lr, hyper.momentum
     if scales.finite is not None:
-        lr, momentum = torch.where(scales.finite, lr, 0.0), torch.where(scales.finite, momentum, 1.0)
+        lr, momentum = lr * scales.finite, torch.where(scales.finite, momentum, 1.0)
     memory = motion.memory
     if memory.fuses and fused.serves(motion):
         fused.move_(motion, lr, momentum if hyper.moving else None, nu, tau)
@@ -112,13 +113,13 @@ def _bounds_of_sums(motion: Motion, hyper: Hyper, scales: Scales) -> tuple[Numbe
     """
     memory, host = motion.memory, on_host(motion.memory.device)
     xp = scalars if host else library(memory.device)
-    lr, mu, kl_clip = (t[0] if not host else float(t[0]) for t in (hyper.bounded_lr, hyper.momentum, hyper.kl_clip))
+    lr, mu, kl_clip = (hyper.first(name) for name in ("bounded_lr", "momentum", "kl_clip"))
     held = shared(memory.quadratics)
     dots, overlaps = _sums_of_products(memory, host=host, moving=hyper.moving)
     quadratic = None
     if hyper.moving:
-        total = (held if motion.whole else held[:, motion.index]).sum()
-        quadratic = float(total) if host else total
+        total = held if motion.whole else held[:, motion.index]
+        quadratic = float(total.sum()) if host else total.sum(dtype=torch.float64)
     nu, tau, after = bounds_of_sums(xp, lr, mu, dots, overlaps, quadratic, kl_clip, scales.size)
     if hyper.moving:
         index = slice(None) if motion.whole else motion.index

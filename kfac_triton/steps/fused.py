@@ -27,18 +27,22 @@ def move_(motion: Motion, lr: Numbers, momentum: Numbers | None, nu: Numbers, ta
     parameters, parts = list(motion.parts), list(motion.parts.values())
     device, dtype = memory.device, memory.V.flats[0].dtype
 
+    def scalar(value: Any) -> Tensor:
+        return torch.as_tensor(value, dtype=dtype, device=device)
+
     def scalars(values: Numbers, index: list[int]) -> list[Tensor]:
-        made = [torch.as_tensor(value, dtype=dtype, device=device) for value in values]
+        made = [scalar(value) for value in values]
         return [made[i] for i in index]
 
     regions, groups = [part.region for part in parts], [part.group for part in parts]
-    taus = torch.as_tensor(lr, device=device)[groups] * torch.as_tensor(tau, device=device)[regions]
+    # one by one, since torch.as_tensor reads the numbers of a list of tensors on the host
+    steps = {(g, r): scalar(lr[g] * tau[r]) for g, r in dict.fromkeys(zip(groups, regions, strict=True))}
     ops.fused_update_(
         [_layout(motion, part).by_taps(p) for p, part in zip(parameters, parts, strict=True)],
         [] if momentum is None else [_taps(motion, motion.with_momentum(), part) for part in parts],
         [_taps(motion, memory.V, part) for part in parts],
         scalars(nu, regions),
-        list(taus.to(dtype)),
+        [steps[pair] for pair in zip(groups, regions, strict=True)],
         scalars(lr if momentum is None else momentum, groups),
         [torch.zeros((), dtype=dtype, device=device)] * len(parts),  # weight decay is l2: it is in the gradient
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_triton import schedules
-from kfac_triton.numbers import Numbers, numbers
+from kfac_triton.numbers import Numbers, numbers, on_host
 
 NAMES = ("lr", "bounded_lr", "momentum", "weight_decay", "kl_clip", "fallback_lr")
 
@@ -65,6 +65,11 @@ class Hyper:
         self.bounded = any(clip < float("inf") for *_, clip, _ in given)
         self.decaying = any(eta != 0 for _, _, _, eta, *_ in given)
         return True
+
+    def first(self, name: str) -> Any:
+        """The number of the first group: Python's, but for one that a device holds."""
+        given = self.host[name][0]
+        return getattr(self, name)[0] if isinstance(given, Tensor) and not on_host(self._device) else float(given)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kfac_triton.joint import Joint, space
+from kfac_triton.joint import Joint, Stack, space
 from kfac_triton.structures.base import Structure
 
 SCRATCH = 2**18  # elements of a chunk of a stack, if it holds more than one matrix
@@ -36,7 +37,7 @@ class Memory:
         if proposing:
             self.D = Joint(self.stacks)
         self.S = Joint(self.stacks) if capped else None
-        self.scratch = [_scratch(structure) for structure in structures]
+        self.scratch = scratch(self.stacks)
         self.device = self.stacks[0].device
         self.fuses = all([stack.fuses for stack in self.stacks])
         count = sum(len(stack.layers) for stack in self.stacks)
@@ -67,11 +68,29 @@ class Memory:
         return self.S
 
 
-def _scratch(structure: Structure) -> Tensor:
-    """Room for the product of one inverse and the gradients of some layers of a stack."""
-    stack = structure.stack
+def scratch(stacks: Sequence[Stack]) -> list[Tensor]:
+    """Room for the product of one inverse and the gradients of some layers, by stack: all stacks take turns in it."""
+    sizes = _scratch_sizes(stacks)
+    room = {dtype: torch.zeros(size, dtype=dtype, device=stacks[0].device) for dtype, size in sizes.items()}
+    shapes = [_scratch_shape(stack) for stack in stacks]
+    return [
+        room[stack.dtype][: math.prod(shape)].view(shape)[:, : stack.dims[1], : stack.dims[0]]
+        for stack, shape in zip(stacks, shapes, strict=True)
+    ]
+
+
+def scratch_nbytes(stacks: Sequence[Stack]) -> int:
+    """Bytes of `scratch`."""
+    return sum(size * dtype.itemsize for dtype, size in _scratch_sizes(stacks).items())
+
+
+def _scratch_sizes(stacks: Sequence[Stack]) -> dict[torch.dtype, int]:
+    sizes = {stack.dtype: 0 for stack in stacks}
+    for stack in stacks:
+        sizes[stack.dtype] = max(sizes[stack.dtype], math.prod(_scratch_shape(stack)))
+    return sizes
+
+
+def _scratch_shape(stack: Stack) -> tuple[int, int, int]:
     (d_in, d_out), count = stack.dims, len(stack.layers) * stack.groups
-    rows, width = stack.memory_shape
-    together = max(1, min(count, SCRATCH // (d_in * d_out)))
-    whole = torch.zeros(together, rows, width, dtype=stack.dtype, device=stack.device)
-    return whole[:, :d_out, :d_in]
+    return (max(1, min(count, SCRATCH // (d_in * d_out))), *stack.memory_shape)

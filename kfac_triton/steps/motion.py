@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kfac_triton.joint import Joint
 from kfac_triton.layer import Layer
-from kfac_triton.numbers import Numbers, as_tensor, library, shared
+from kfac_triton.numbers import Numbers, as_tensor, library, on_host, places, shared
 from kfac_triton.operations.layout import Layout
 from kfac_triton.steps.hyper import Hyper
 from kfac_triton.steps.memory import Memory
@@ -106,16 +106,19 @@ class Motion:
         self.lists = list(by_key.values())
         weights = {(part.number, part.member): part for part in parts.values() if not part.is_bias}
         biases = {(part.number, part.member): part for part in parts.values() if part.is_bias}
-        self.index = [memory.stacks[number].first + member for number, member in self.layers]
-        # by number: of every layer, then of every bias
-        self.regions = [weights[key].region for key in self.layers] * 2
-        self.groups = [weights[key].group for key in self.layers]
-        self.groups += [biases.get(key, weights[key]).group for key in self.layers]
+        device = memory.device
+        self.index = places([memory.stacks[number].first + member for number, member in self.layers], device)
+        # by number: of every layer, and where biases have groups of their own then of every bias
+        regions, own = [weights[key].region for key in self.layers], [weights[key].group for key in self.layers]
+        of_biases = [biases.get(key, weights[key]).group for key in self.layers]
+        self.regions = places(regions * 2 if self.split else regions, device)
+        self.groups = places(own + of_biases if self.split else own, device)
         # a bias without a gradient stays, and so must what would be its momentum
         self._fixed_biases = [key for key in self.layers if key not in biases and self._layer(key).bias is not None]
         self._products = Products(memory.stacks)
         self._with_momentum = False
         self._views: dict[int, tuple[Joint, list[Tensor]]] = {}
+        self._matrices: dict[int, tuple[Joint, list[Tensor]]] = {}
         self._directions: list[Tensor | None] | None = None
         self._copied = False
         self._numbers: tuple[int, tuple[Numbers, Numbers, Any]] | None = None
@@ -135,9 +138,8 @@ class Motion:
     def by_number(self, hyper: Hyper) -> tuple[Numbers, Numbers, Any]:
         """(bounded_lr, momentum, region) in the order of `dots`."""
         if self._numbers is None or self._numbers[0] != hyper.changes:
-            count = len(self.layers) * (2 if self.split else 1)
-            own, region = self.groups[:count], self.regions[:count]
-            self._numbers = hyper.changes, (hyper.bounded_lr[own], hyper.momentum[own], region)
+            own = self.groups
+            self._numbers = hyper.changes, (hyper.bounded_lr[own], hyper.momentum[own], self.regions)
         return self._numbers[1]
 
     def by_layer(self, hyper: Hyper) -> tuple[Numbers, Numbers, Any]:
@@ -222,9 +224,32 @@ class Motion:
         """Inner products of the layers that take part, weight and bias together."""
         return self._products.of(left, right, self.index, split=False)
 
+    def norms(self, joint: Joint) -> Numbers:
+        """The norms of the layers that take part, weight and bias together."""
+        if not self._one_by_one:
+            return library(self.memory.device).sqrt(self.products(joint, joint))
+        found = torch.stack(torch._foreach_norm(self._by_layer(joint)))
+        return shared(found.double())[self.index]
+
+    @cached_property
+    def _one_by_one(self) -> bool:
+        """Whether operators over a list of all layers are fewer than one for each stack, and take all of them alike."""
+        memory = self.memory
+        count = sum(len(stack.layers) for stack in memory.stacks)
+        return on_host(memory.device) and len(memory.V.flats) == 1 and 2 * len(memory.stacks) > count
+
+    def _by_layer(self, joint: Joint) -> list[Tensor]:
+        """The matrices of all layers; made once for each joint."""
+        if id(joint) not in self._matrices:
+            self._matrices[id(joint)] = joint, [matrix for whole in joint.whole for matrix in whole.unbind()]
+        return self._matrices[id(joint)][1]
+
     def scale_(self, joint: Joint, factors: Numbers) -> None:
         """Multiplies the matrix of every layer that takes part by its number."""
         memory = self.memory
+        if self._one_by_one and self.whole:
+            torch._foreach_mul_(self._by_layer(joint), factors.tolist())
+            return
         if not self.whole:
             every = library(memory.device).ones_like(shared(memory.quadratics[0].double()))
             every[self.index] = factors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ class Products:
         self._stacks, self._device = stacks, stacks[0].device
         self._prepared: dict[tuple[int, int], tuple[list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]] = {}
 
-    def of(self, left: Joint, right: Joint, index: list[int], *, split: bool) -> Numbers:
-        """The products of the layers with these numbers, float64; with `split` of weights, and then of biases."""
+    def of(self, left: Joint, right: Joint, index: Any, *, split: bool) -> Numbers:
+        """The products of the layers at these `places`, float64; with `split` of weights, and then of biases."""
         key = id(left), id(right)
         if key not in self._prepared:
             self._prepared[key] = self._rooms(left, right)
@@ -55,7 +56,7 @@ class Products:
         return torch.cat([t.double() for t in found])
 
 
-def _chosen(vectors: list[Tensor], index: list[int]) -> Numbers:
+def _chosen(vectors: list[Tensor], index: Any) -> Numbers:
     """Those numbers of a vector, float64; of several, one a dtype, each holds zeros where another has the number."""
     return shared(vectors[0].double() if len(vectors) == 1 else torch.stack([v.double() for v in vectors]).sum(0))[
         index

@@ -45,7 +45,7 @@ def _shown(memory: Memory) -> dict[str, Callable[[], Joint]]:
 
 class Gradients(NamedTuple):
     """What is known of all gradients together: what undoes a GradScaler's scale, whether every one is finite, and their
-    largest entry. Python's numbers on a CPU, 0-d tensors elsewhere."""
+    largest entry. Python's numbers on a CPU, 0-d tensors elsewhere, but `unscale` only with a GradScaler."""
 
     unscale: Any
     finite: Any
@@ -184,20 +184,19 @@ class Runner:
             return Gradients(1.0 if scale is None else 1.0 / float(scale), fine, max(numbers, default=0.0))
         entries = entries or [torch.zeros((), device=self.device)]
         largest = entries[0] if len(entries) == 1 else torch.stack([e.double() for e in entries]).max()
-        finite = torch.isfinite(largest)
+        finite = largest < math.inf  # no norm is negative, and no comparison with NaN is true
         if found_inf is not None:
             finite = finite & (found_inf.to(self.device) == 0)
-        unscale = torch.ones((), dtype=torch.float64, device=self.device)
-        return Gradients(unscale if scale is None else unscale / scale.to(self.device), finite, largest)
+        return Gradients(1.0 if scale is None else scale.to(self.device).double().reciprocal(), finite, largest)
 
     def scales(self, gradients: Gradients, loss_scale: float) -> Scales:
         """What multiplies the gradients in this step."""
         unscale, finite, largest = gradients
-        size = size_of(largest * unscale / loss_scale)
         if on_host(self.device):
+            size = size_of(largest * unscale / loss_scale)
             return Scales(unscale, 1.0 / (loss_scale * size), size, None)
-        size = torch.where(finite, size, torch.ones_like(size))
-        return Scales(unscale, 1.0 / (loss_scale * size), size, finite)
+        size = size_of(largest.double() * (unscale / loss_scale)).nan_to_num(1.0)
+        return Scales(unscale, size.reciprocal() / loss_scale, size, finite)
 
     # ------------------------------------------------------------------------------------------------- the step
 
@@ -283,7 +282,8 @@ class Runner:
                 held["fallback_step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             passed = torch.ones((), dtype=torch.float64, device=p.device)
             if scales.finite is not None:
-                grad = torch.where(scales.finite, grad * scales.unscale.to(grad.dtype), torch.zeros_like(grad))
+                unscale = scales.unscale.to(grad.dtype) if isinstance(scales.unscale, Tensor) else scales.unscale
+                grad = torch.where(scales.finite, grad * unscale, torch.zeros_like(grad))
                 passed = scales.finite.double()
             elif scales.unscale != 1.0:
                 grad = grad * scales.unscale

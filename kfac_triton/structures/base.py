@@ -121,6 +121,10 @@ class Structure(ABC):
     def nbytes(self) -> dict[str, int]:
         """Bytes of "factors", of "inverses" or what stands in their place, and of the "rows" that wait."""
 
+    def room_nbytes(self) -> int:
+        """Bytes of what `room` gave."""
+        return 0
+
     def settle_(self) -> None:  # noqa: B027  most have nothing that waits
         """Brings the factors up to date with every update so far."""
 

@@ -50,7 +50,7 @@ class BufferedRows:
     def settle_(self) -> None:
         """Takes the products of the rows that wait; afterwards `values` are the averages."""
         if self.waiting:
-            self._add_to_(list(self.values))
+            self._add_to_(list(self.values), self._weighted(slice(None), in_place=True), self.kept)
             self.kept.fill_(1)
             self.waiting = 0
 
@@ -58,11 +58,15 @@ class BufferedRows:
         """A copy of one average, with the rows that wait; the buffer stays as it is, to the bit."""
         F = self.values[member].clone(memory_format=torch.contiguous_format)
         if self.waiting:
-            self._add_to_([F], slice(member, member + 1))
+            members = slice(member, member + 1)
+            self._add_to_([F], self._weighted(members, in_place=False), self.kept[members])
         return F
 
-    def _add_to_(self, values: list[Tensor], members: slice = slice(None)) -> None:
-        weights = self.weights[members, : self.waiting]
-        rows = self.rows[members, : self.waiting] * weights.sqrt().unsqueeze(-1)
-        kept = self.kept[members].unbind()
+    def _weighted(self, members: slice, *, in_place: bool) -> Tensor:
+        """The rows that wait, each times the root of its weight."""
+        rows, roots = self.rows[members, : self.waiting], self.weights[members, : self.waiting].sqrt().unsqueeze(-1)
+        return rows.mul_(roots) if in_place else rows * roots
+
+    @staticmethod
+    def _add_to_(values: list[Tensor], rows: Tensor, kept: Tensor) -> None:
         ops.syrk_(values, list(rows), [torch.ones_like(k) for k in kept], list(kept))

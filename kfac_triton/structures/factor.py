@@ -100,6 +100,10 @@ class Factor(ABC):
             return len(self.values) * buffered.CAPACITY * (self.shape.d + 1) * self.values.itemsize
         return 0 if self.buffer is None else self.buffer.nbytes
 
+    def room_nbytes(self) -> int:
+        """Bytes of the room for the rows of one update."""
+        return 0
+
     def empty_rows(self) -> dict[str, Any]:
         """What `tensors` would hold if rows had waited once, where they may: no rows."""
         if not self.rows_wait or self.buffer is not None:
@@ -154,6 +158,8 @@ class Dense(Factor):
         They may wait for later ones, but for `at_once`.
         """
         if self.rows_wait and not at_once and count <= buffered.CAPACITY // 2:
+            if self._rows is not None:  # which was for more rows than can wait
+                self._rows, self._rooms = None, {}
             self.buffer = self.buffer or BufferedRows(self.values)
             rows, written_over = self.buffer.room(count), True
         else:
@@ -171,6 +177,9 @@ class Dense(Factor):
             found.rows[..., -1].fill_(1)
         return found
 
+    def room_nbytes(self) -> int:
+        return 0 if self._rows is None else self._rows.nbytes
+
     def keeps(self, room: Room) -> bool:
         return room.rows is self._rows and not self._written_over
 
@@ -180,7 +189,7 @@ class Dense(Factor):
         `ok` (layers,): whose rows count, None for all; a row that does not count may hold anything.
         """
         if ok is not None:
-            rows.copy_(torch.where(ok[:, None, None], rows, 0.0))
+            rows.masked_fill_(~ok[:, None, None], 0.0)
             self._written_over = True
         if rows is not self._rows:
             assert self.buffer is not None

@@ -197,6 +197,9 @@ class Kronecker(Structure):
             "rows": sum(F.rows_nbytes() for F in sides),
         }
 
+    def room_nbytes(self) -> int:
+        return self.A.room_nbytes() + self.G.room_nbytes()
+
     def factors(self, member: int, damping: float) -> tuple[Tensor, Tensor]:
         return self.A.written_out(member), self.G.written_out(member)
 
