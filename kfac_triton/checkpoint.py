@@ -78,6 +78,9 @@ def prepare(optimizer: torch.optim.Optimizer, estimator: CurvatureEstimator, par
     torch.distributed.checkpoint loads in place, and so only what is there.
     """
     layers = known_layers(estimator, parameters)
+    for group in optimizer.param_groups:
+        if group["kl_annealing"] and isinstance(group["lr"], Tensor):
+            group["peak_lr"] = torch.as_tensor(group["peak_lr"]).to(group["lr"])
     capped = estimator.settings.rule == "cap"
     moving = capped or any(group["momentum"] != 0 or group["adaptive_damping"] for group in optimizer.param_groups)
     bounded = moving and not capped and any(group["kl_clip"] < math.inf for group in optimizer.param_groups)

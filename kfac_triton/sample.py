@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfac_triton.capture.tensors import nbytes
 from kfac_triton.joint import wide_dtype
 from kfac_triton.layer import Layer
 from kfac_triton.ops import Patches, Rows
@@ -64,7 +65,10 @@ def pass_nbytes(samples: Sequence[Sample]) -> int:
         images = [rows.image for rows in own.a if isinstance(rows, Patches)]
         seen = [t for use in own.uses for t in (use.recorded.use.x, *use.dys)]
         for t in (*images, *own.written()[0], *own.g, *seen):
-            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            if t.layout == torch.strided:
+                held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            else:  # nested or sparse, without a storage of its own
+                held[id(t)] = nbytes(t)
         d_in = own.layer.layout.dims(own.layer.weight.shape)[0]
         of_layer = [rows.count() * rows.groups * d_in for rows in own.a if isinstance(rows, Patches)]
         written = max(written, sum(of_layer) * own.layer.weight.itemsize)

@@ -183,7 +183,7 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU is served as a GPU is: nothing is read on the host, and the numbers of a step are tensors."""
     from kfac_triton import averages, estimator, numbers, updates
     from kfac_triton.linalg import factors
-    from kfac_triton.steps import capped, fixed, hyper, runner
+    from kfac_triton.steps import capped, fixed, hyper, motion, runner
     from kfac_triton.structures import inverse_free, inversion, kronecker
 
     for module in (
@@ -196,6 +196,7 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         inverse_free,
         inversion,
         kronecker,
+        motion,
         numbers,
         runner,
         updates,

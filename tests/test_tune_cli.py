@@ -165,7 +165,7 @@ def test_show_prints_a_tuned_file_a_study_and_writes_its_report(folder, capfd):
     assert "task.py:factory/sgd" in said and "trials" in said
     assert cli.main(["show", "tuned.journal", "--study", "task.py:factory", "--html", "again.html"]) == 0
     said = capfd.readouterr().out
-    assert "the defaults" in said and "lively" in said and "again.html" in said
+    assert "the defaults" in said and "falling" in said and "again.html" in said
     assert "<h2>History</h2>" in Path("again.html").read_text()
 
 

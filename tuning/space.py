@@ -201,7 +201,7 @@ KFAC_MOMENTUM = Range(0.3, 0.99, below_one=True, ceiling=0.999)  # long natural 
 # falls far; recurrent ones take a wide trust region
 BRISK = {"lr": 0.3, "damping": 0.03, "damping_end": 0.01, "momentum": 0.5, "kl_clip": 0.007, "kl_annealing": True}
 WIDE = {**BRISK, "damping": 0.01, "damping_end": 0.03, "kl_clip": 0.1}
-CAPPED = {"lr": 1e-2, "damping": 1e-3, "damping_end": 1.0, "momentum": 0.9, "kl_clip": 1e-2, "kl_annealing": True}
+CAPPED = {"lr": 1e-2, "damping": 1e-3, "damping_end": 0.3, "momentum": 0.9, "kl_clip": 1e-2, "kl_annealing": True}
 
 SGD_FIRST = {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.0, **SCHEDULE_FIRST}
 NESTEROV_FIRST = {"lr": 3e-3, "mu_max": 0.99, **SCHEDULE_FIRST}
