@@ -93,7 +93,7 @@ class KFAC(Stepping):
             gradient makes a huge step under rule="kl". By default 1e-2, 1e-3 with rule="kl", and None with
             lr="adaptive", which takes no bound.
         kl_annealing: the largest lr so far stands in the bound for lr, so that a schedule of lr shortens the steps that
-            the bound holds too. Without it such a step is as long at a small lr. Always on with rule="cap".
+            the bound holds too. Without it lr does not change such a step. Always on with rule="cap".
         fallback_lr: AdamW's learning rate for parameters without a block, at this lr: it follows lr's scheduler.
             Default lr / 10, and 1e-3 with lr="adaptive".
         precision: of the products V = G_inv grad A_inv: "ieee", or "bf16", operands rounded and sums in float32, which

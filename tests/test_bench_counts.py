@@ -151,15 +151,20 @@ def test_two_runs_count_the_same() -> None:
     assert once == count("chain-3x4")
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "kfac"])
-def test_each_added_layer_costs_the_same(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "rule", "bounded"), [("sgd", "", 0), ("adamw", "", 0), ("kfac", "kl", 0), ("kfac", "cap", 4)]
+)
+def test_each_added_layer_costs_the_same(name: str, rule: str, bounded: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for `bounded` more operators where the rule "cap" multiplies a gradient that is longer than usual."""
+    plain = step_counts.hyper_of
+    if rule:
+        monkeypatch.setattr(step_counts, "hyper_of", lambda *given: {**plain(*given), "rule": rule})
     chains = [count(f"chain-{layers}x4", name) for layers in (3, 4, 5, 6)]
     for kind in chains[0]:
         totals = [chain[kind].whole for chain in chains]
         for column in vars(totals[0]):
             numbers = [getattr(total, column) for total in totals]
             more = [after - before for before, after in pairwise(numbers)]
-            bounded = 4 if name == "kfac" else 0  # a gradient that is longer than usual is multiplied once more
             assert max(more) - min(more) <= bounded
             assert min(more) > 0 or column == "waits"
 

@@ -77,8 +77,8 @@ def memory(
     return found, optimizer
 
 
-def kfac(model: nn.Module, fraction: float) -> KFAC:
-    options = {"likelihood": "categorical", "lr": 0.01, "compile": False}
+def kfac(model: nn.Module, fraction: float, rule: str = "cap") -> KFAC:
+    options = {"likelihood": "categorical", "lr": 0.01, "compile": False, "rule": rule}
     return KFAC(model, factor_fraction=fraction, factor_interval=2, inverse_interval=6, **options)
 
 
@@ -113,11 +113,12 @@ def test_a_renewal_holds_one_more_copy_of_the_widest_factor(of_sgd):
     assert over["inverses and factors"] <= 1.1 * terms + usage["inverses"]
 
 
+@pytest.mark.parametrize(("rule", "numbers"), [("kl", 4), ("cap", 40)])
 @pytest.mark.parametrize("make", [mlp, cnn])
-def test_a_step_with_nothing_due_allocates_next_to_nothing(make):
-    """Some numbers by layer; the rest is fixed memory."""
-    found, _ = memory(make, lambda model: kfac(model, 0.125), WARM + len(DUE))
-    assert found[WARM + DUE.index("nothing")].by_step <= 40 * 8
+def test_a_step_with_nothing_due_allocates_next_to_nothing(make, rule, numbers):
+    """Four numbers at most, or with the rule "cap" some by layer; the rest is fixed memory."""
+    found, _ = memory(make, lambda model: kfac(model, 0.125, rule), WARM + len(DUE))
+    assert found[WARM + DUE.index("nothing")].by_step <= numbers * 8
     assert found[WARM + DUE.index("factors")].by_step > 0
 
 
